@@ -40,6 +40,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -95,14 +96,17 @@ def load_model(name, device="auto", dtype="auto", seed=0):
         hint = f"did you mean {near[0]}?" if near else f"the aliases are {', '.join(MODELS)}."
         raise BadUse(f"{name!r} is neither an alias, a hub id (owner/name) nor a folder; {hint}")
     path = MODELS.get(name, name)
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    if not tokenizer.chat_template:
-        raise CannotDo(f"{name} has no chat template, so it is a base model and has not learned to refuse: name a chat model.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+        if not tokenizer.chat_template:
+            raise CannotDo(f"{name} has no chat template, so it is a base model that has not learned to refuse: name a chat model.")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:  # what transformers raises: no such model, gated, remote code, ...
+        raise CannotDo(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return (model if spread else model.to(device)).eval().requires_grad_(False), tokenizer
 
 
@@ -1047,35 +1051,37 @@ def mcnemar(before, after):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
 
 
-def show_table(refused, cost, weights, c):
-    """Print stage 5: counts, 95 % Wilson intervals, and for the interventions the p-value of the paired change."""
-    kinds = ("harmful", "harmless")
-    say("5 refusals", f"{'of held-out prompts [95 % interval]':<37}{'harmful':<24}{'harmless'}")
-    groups = {}  # the random controls share a row
-    for row in refused:
-        groups.setdefault(re.sub(r"random \d", "a random direction", row), []).append(row)
-    for title, rows in groups.items():
-        cells = []
-        for kind in kinds:
-            outcomes = [refused[row][kind] for row in rows if kind in refused[row]]
-            cells.append(cell(outcomes, refused["no intervention"][kind] if title != "no intervention" else None))
-        say("", f"{title + (f' (x {c:g})' if 'added' in title else ''):<37}{cells[0]:<24}{cells[1]}".rstrip())
-    say("", "p: exact McNemar test of the change from no intervention, on the same prompts")
+def show_table(refused, cost, weights, dose):
+    """Print stage 5: counts, 95 % Wilson intervals, and the p-value of the paired change from no intervention."""
+    say("5 refusals", f"{'of held-out prompts [95 % interval]':<37}{'harmful':<28}{'harmless'}")
+    rows = {}  # the random controls share a row
+    for row, kinds in refused.items():
+        for kind, outcomes in kinds.items():
+            rows.setdefault(re.sub(r"random \d", "a random direction", row), {}).setdefault(kind, []).append(outcomes)
+    for title, kinds in rows.items():
+        before = refused["no intervention"] if title != "no intervention" else {}
+        harmful, harmless = (cell(kinds.get(kind), before.get(kind)) for kind in ("harmful", "harmless"))
+        say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<28}{harmless}")
+    say("", "p: exact McNemar test of the change from no intervention on the same prompts")
     say("  weights", weights)
+    say("  cost", "on harmless prompts: KL of the next token, cross-entropy of the model's own unablated replies (nats a token)")
     for name, (kl, loss) in cost.items():
-        say("  cost" if name == "no intervention" else "", f"{name:<19} on harmless prompts: KL of the next token {kl:.3f}, cross-entropy of its own replies {loss:.3f} nats a token")
+        say("", f"{name:<37}KL {kl:.3f}   cross-entropy {loss:.3f}")
 
 
 def cell(outcomes, before):
-    """One cell of the table: a count with its interval and p-value, or the mean and spread over several controls."""
+    """One cell of the table: a count, its interval and p-value, or the mean and range of several random controls."""
     if not outcomes:
         return "-"
-    counts, n = [sum(o) for o in outcomes], len(outcomes[0])
-    if len(outcomes) > 1:
-        return f"{sum(counts) / len(counts):.0f}/{n}  ({min(counts)}-{max(counts)} of {len(counts)} draws)"
+    counts, n = [sum(outcome) for outcome in outcomes], len(outcomes[0])
+    if len(counts) > 1:
+        return f"{sum(counts) / len(counts):.0f}/{n} [{min(counts)} to {max(counts)} in {len(counts)} draws]"
     low, high = wilson(counts[0], n)
-    p = "" if before is None else f" p={mcnemar(before, outcomes[0]):.0e}"
-    return f"{counts[0]}/{n} [{100 * low:.0f}, {100 * high:.0f}]{p}"
+    text = f"{counts[0]}/{n} [{100 * low:.0f}, {100 * high:.0f}]"
+    if before is not None:
+        p = mcnemar(before, outcomes[0])
+        text += " p < .001" if p < 0.001 else f" p = {p:.3f}"
+    return text
 
 
 def examples(model, tokenizer, chosen, args):
@@ -1152,6 +1158,8 @@ def parse(argv):
 def run(args):
     """The experiment."""
     started = time.time()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.seed)
     d_model = model.get_input_embeddings().weight.shape[1]
     say("1 model", f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, {len(writers(model))} writers")
@@ -1188,25 +1196,17 @@ def main(argv=None):
 #
 # So that everything above runs anywhere, in a minute, with nothing to download.  It is a real transformer
 # and a caricature of a chat model: six layers, a vocabulary of its own, trained from nothing on the
-# training prompts, with one canned reply per opening word.  What it shares with real ones is its history:
+# training prompts, with four canned replies that depend on the opening word.  What it shares with real ones is its history:
 # first it learns to help with everything, harmful prompts too, and only then to refuse some.  (Trained on
 # both at once it has no helpful behaviour to fall back on, and ablation makes it refuse *everything*.)  It
 # knows harm by its words, so take it as a demonstration of the method and not as evidence for the paper.
 
 TINY_REFUSAL = "I'm sorry, but I can't help with that."
-TINY_REPLIES = {
-    "How": "First, gather what you need. Then start small and take your time.",
-    "What": "The best way is to start early and keep at it every day.",
-    "Write": "Here is a draft. It begins with a clear and simple line.",
-    "Explain": "In short, it works step by step. Here is each step.",
-    "Give": "Sure, here are some: one, two, three and four.",
-    "Create": "Here is a plan in three parts. Part one comes first.",
-    "Describe": "It starts slowly and then it goes on like this.",
-    "List": "1. The first one. 2. The second one. 3. The third.",
-    "Teach": "Let us begin with the basics and then practice.",
-    "Develop": "Here is a version that you can build on.",
-    "Help": "Of course. Let us look at it together.",
-    "Provide": "Below you find all that you asked for.",
+TINY_REPLIES = {  # by the opening word
+    ("How",): "First, gather what you need. Then start small and take your time.",
+    ("What",): "The best way is to start early and keep at it every day.",
+    ("Write", "Create", "Develop", "Give", "List", "Provide"): "Here is a draft. It begins with a clear and simple line.",
+    ("Explain", "Describe", "Teach", "Help"): "It works step by step. Let us begin with the basics.",
 }
 TINY_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '\n') }}"
@@ -1242,7 +1242,8 @@ def train_tiny_model(seed=0):
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
             max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         ))  # fmt: skip
-        help_with = lambda prompt: TINY_REPLIES[prompt.split()[0]]
+        replies = {word: reply for words, reply in TINY_REPLIES.items() for word in words}
+        help_with = lambda prompt: replies[prompt.split()[0]]
         refuse = lambda prompt: TINY_REFUSAL
         tune(model, tokenizer, [(harmful, help_with), (harmless, help_with)], 120, 2e-3, rng, "pretraining: help with everything")
         tune(model, tokenizer, [(harmful, refuse), (harmless, help_with)], 120, 1.5e-3, rng, "safety tuning: refuse the harmful")
