@@ -33,9 +33,11 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import time
+import unicodedata
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,11 +114,12 @@ def load_model(name, device="auto", dtype="auto", seed=0):
 
 def blocks(model):
     """The decoder blocks, in order: the first list of modules that has one entry a layer."""
-    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+    config = model.config.get_text_config(decoder=True)
+    depths = config.num_hidden_layers, getattr(config, "num_layers", None)  # LongCat counts two layers a block
+    for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
+        if isinstance(module, nn.ModuleList) and len(module) in depths:
             return module
-    raise CannotDo(f"{type(model).__name__} has no list of {n_layers} blocks, so its residual stream cannot be found.")
+    raise CannotDo(f"{type(model).__name__} has no list of {depths[0]} blocks, so its residual stream cannot be found.")
 
 
 # %% 2. The prompts ---------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def reading(model, see):
     n_layers, on the one that leaves the last block.  (Subtle: hidden_states[-1] is that one *after* the final norm.)
     """
     def enters(layer):
-        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs["hidden_states"])
+        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs.get("hidden_states"))
 
     stack = blocks(model)
     handles = [block.register_forward_pre_hook(enters(layer), with_kwargs=True) for layer, block in enumerate(stack)]
@@ -378,7 +381,7 @@ def differentiable(model):
     try:
         for p in frozen:
             p.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for p in frozen:
@@ -395,10 +398,12 @@ def trace_writers(model):
     """Find the writers.  Returns (made, writes): made[node] = (module, input, output) for every module, by the autograd
     node of its output; writes = [(layer, node)], the nodes that are added to the stream on its way into block `layer`.
     """
-    made, stream = {}, []
+    made, stream, reads = {}, [], []
 
     def record(module, args, output):
         result = first(output)
+        if stream and args and getattr(args[0], "grad_fn", None) is not None:
+            reads.append((len(stream), args[0]))  # read inside block len(stream) - 1
         if getattr(result, "grad_fn", None) is not None and not isinstance(module, (nn.Dropout, nn.Identity)):
             made.setdefault(result.grad_fn, (module, args, result))  # inner modules finish first: keep the innermost
 
@@ -406,12 +411,18 @@ def trace_writers(model):
     handles = [m.register_forward_hook(record) for m in model.modules() if m not in set(stack)]
     with hooked(handles), reading(model, lambda layer, x: stream.append(x)):
         model.base_model(probe_tokens(model), use_cache=False)
+    if len(stream) != len(stack) + 1 or any(getattr(x, "grad_fn", None) is None for x in stream):
+        raise CannotDo(f"{type(model).__name__} does not pass one stream through its blocks, each once: there is nothing to ablate.")
     writes = [(0, node) for node in summands(stream[0].grad_fn, None, made)]
     for layer in range(1, len(stream)):
-        parts = summands(stream[layer].grad_fn, stream[layer - 1].grad_fn, made)
+        start, parts = stream[layer - 1].grad_fn, []
+        for x in (x for block, x in reads if block == layer):  # an MLP reads stream + attention: so, too, is that found which
+            sums = summands(x.grad_fn, start, made)  # a block adds to what it reads and not to what it passes on (Zamba)
+            parts += [part for part in sums if STREAM in sums and part in made]
+        parts += summands(stream[layer].grad_fn, start, made)
         if STREAM not in parts:
             raise CannotDo(f"block {layer - 1} of {type(model).__name__} does not add to the residual stream: there is nothing to ablate.")
-        writes += [(layer, node) for node in parts if node is not STREAM]
+        writes += [(layer, node) for node in dict.fromkeys(parts) if node is not STREAM]
     for layer, node in writes:
         if node not in made:
             raise CannotDo(f"block {max(layer - 1, 0)} of {type(model).__name__} adds something to the stream that no module wrote ({node.name()}).")
@@ -491,6 +502,7 @@ def add(model, vector, layer, coefficient=1.0):
     if not math.isfinite(coefficient):
         raise BadUse(f"a coefficient of {coefficient} cannot be added: give a finite number.")
     check_direction(model, vector)
+    writers(model)  # CannotDo for a model that is not one stream through its blocks
 
     def hook(module, args, kwargs):
         x = args[0] if args else kwargs["hidden_states"]
@@ -503,7 +515,7 @@ def add(model, vector, layer, coefficient=1.0):
 
 def check_direction(model, direction):
     """The unit vector of the direction, or BadUse if it does not fit the model."""
-    d_model = model.get_input_embeddings().weight.shape[1]
+    d_model = model.config.get_text_config(decoder=True).hidden_size
     if direction.shape != (d_model,):
         raise BadUse(f"the direction has shape {tuple(direction.shape)} and the model needs ({d_model},).")
     return unit(direction)
@@ -519,10 +531,10 @@ def check_erased(model, r):
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
 
     def see(layer, x):
-        left = ((x.float() @ r.to(x.device)).abs() / x.float().norm(dim=-1)).max().item()  # (batch, seq, d_model) -> one number
+        left = ((x.float() @ r.to(x.device)).abs() / x.float().norm(dim=-1).clamp_min(1e-30)).max().item()  # (batch, seq, d_model) -> one number
         if not left < tolerance:
             where = "the embeddings" if layer == 0 else f"block {layer - 1}"
-            raise CannotDo(f"{where} of {type(model).__name__} still write along the direction (|x.r|/|x| = {left:.1e}): not ablated.")
+            raise CannotDo(f"the direction is still written to the stream by {where} of {type(model).__name__} (|x.r|/|x| = {left:.1e}): not ablated.")
 
     with reading(model, see):
         model.base_model(probe_tokens(model), use_cache=False)
@@ -723,6 +735,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
 # shape writes along that axis, whatever its name and layout; a parameter that only reads has not.
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def orthogonalize(model, direction):
     """Erase the direction from every weight that writes to the stream, in place.  Paper, section 4.1, equation 5.
@@ -742,14 +755,8 @@ def orthogonalize(model, direction):
     with differentiable(model):
         made, writes = trace_writers(model)
         for layer, node in writes:
-            module, inputs, output = made[node]
-            targets = [(module, output, r, r)]
-            if all(p.ndim == 1 for p in module.parameters()):  # a norm: it has a gain but no matrix
-                u, w = through_norm(module, r)
-                targets += [(made[n][0], made[n][2], u, w) for n in summands(inputs[0].grad_fn, None, made) if n in made]
-            found = [name for target in targets for name in plan_edits(*target, names, edits)]
-            if not any(edits[name][0].ndim > 1 for name in found):
-                raise CannotDo(f"{names[module]} writes to the stream and none of its weights can be edited: use ablate() instead.")
+            if not any(edits[name][0].ndim > 1 for name in plan_edits(node, r, r, made, names, edits)):
+                raise CannotDo(f"{names[made[node][0]]} writes to the stream and none of its weights can be edited: use ablate() instead.")
     for parameter, axis, u, w in edits.values():
         W = parameter.float().movedim(axis, -1)  # (..., d_model): the axis that writes comes last
         W = W - (W @ u.to(W.device))[..., None] * w.to(W.device)
@@ -762,41 +769,51 @@ def untie(model):
     """Give the unembedding weights of its own if it shares the embedding's, and have that survive saving."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for name in model.all_tied_weights_keys:  # all of them: the one switch in the config is for every tie (Zamba has others)
+            module, _, kind = name.rpartition(".")
+            p = model.get_parameter(name)
+            setattr(model.get_submodule(module), kind, nn.Parameter(p.detach().clone(), p.requires_grad))
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
 
 
-def plan_edits(module, output, u, w, names, edits):
-    """Plan W - w (u^T W) for every parameter of the module that writes its output: edits[name] = (W, axis, u, w); the names."""
+def plan_edits(node, u, w, made, names, edits):
+    """Plan W' = W - w (u^T W) for every parameter that writes this node's tensor: edits[name] = (W, axis, u, w); the names."""
+    module, inputs, output = made[node]
     parameters = {f"{names[module]}.{name}": p for name, p in module.named_parameters()}
-    gradients = torch.autograd.grad((output.float() @ u.to(output.device)).sum(), parameters.values(), retain_graph=True, allow_unused=True)
-    axes = {}
+    gradients = parameters and torch.autograd.grad(
+        (output.float() @ u.to(output.device)).sum(), parameters.values(), retain_graph=True, allow_unused=True
+    )
+    kind = lambda name: re.sub(r"\b\d+\b", "#", name)  # subtle: an expert that no token visited has no gradient, so
+    axes = {}  # what holds for one expert holds for all
     for (name, p), g in zip(parameters.items(), gradients):
         for axis in range(p.ndim if g is not None else 0):
             if p.shape[axis] == len(u) and g.count_nonzero():
                 G = g.float().movedim(axis, -1)  # (..., d_model)
                 if project_out(G, unit(u)).norm() < 0.1 * G.norm():  # every row of it is a multiple of u
-                    axes[re.sub(r"\d+", "#", name)] = axis  # subtle: an expert that no token visited has no gradient, so
-    found = [name for name in parameters if re.sub(r"\d+", "#", name) in axes]  # what holds for one expert holds for all
-    edits.update({name: (parameters[name], axes[re.sub(r"\d+", "#", name)], u, w) for name in found})
+                    axes[kind(name)] = axis
+    found = [name for name in parameters if kind(name) in axes]
+    edits.update({name: (parameters[name], axes[kind(name)], u, w) for name in found})
+    if all(p.ndim == 1 for p in parameters.values()):  # a norm has a gain but no matrix: edit what it takes in
+        u, w = through_norm(module, inputs[0], u, w)
+        for n in summands(inputs[0].grad_fn, None, made):
+            found += plan_edits(n, u, w, made, names, edits) if n in made else []
     return found
 
 
-def through_norm(norm, r):
-    """How to edit what comes before a norm so that nothing along r comes out of it: the vectors u, w of W' = W - w (u^T W).
+def through_norm(norm, z, u, w):
+    """The vectors u', w' with which to edit z, the input of a norm, so that its output loses what W - w (u^T W) would take.
 
-    A norm computes y = A z / size(z), A its gain.  So y . r = u . z / size(z) with u = A^T r, and z' = z - w (u . z) makes that zero
-    for any w with u . w = 1.  (Subtle: projecting r itself out of z does not, the gain turns what is left back onto r.)  No
-    w is exact, because size(z) changes; w = r / gain leaves the right numerator, damped where the gain is nearly zero.
-    Feeding the norm the unit vectors gives its A whatever the family's convention (weight, 1 + weight, with mean or without).
+    A norm computes y = A z / size(z), A its gain.  So y . u = u' . z / size(z) with u' = A^T u, and z' = z - w' (u' . z) makes
+    that zero for any w' with u' . w' = 1.  (Subtle: projecting r itself out of z does not, the gain turns what is left back
+    onto r.)  No w' is exact, because size(z) changes; w' = w / gain leaves the right numerator, damped where the gain is nearly
+    zero.  Feeding the norm the unit vectors gives its A whatever the family's convention (weight, 1 + weight, with mean or without).
     """
-    p = next(norm.parameters())
-    eye = torch.eye(len(r), device=p.device, dtype=p.dtype)
+    eye = torch.eye(len(u), device=z.device, dtype=z.dtype)
     A = ((norm(eye) - norm(-eye)) / 2).float().detach().T  # (out, in), up to a common factor
-    u, gain = A.T @ r.to(p.device), A.diagonal()
-    w = u / (gain**2 + 0.003 * (gain**2).mean())
+    u, w, gain = A.T @ u.to(z.device), A.T @ w.to(z.device), A.diagonal()
+    w = w / (gain**2 + 0.01 * (gain**2).mean())
     return u, w / (u @ w)
 
 
@@ -945,16 +962,19 @@ def prepare(model, tokenizer, args):
 
 def find_direction(model, tokenizer, data, args):
     """Stages 3 and 4: means, differences, selection, and the direction as a detector."""
+    if args.direction:
+        return load_direction(model, tokenizer, args.direction)
     means = [mean_activations(model, tokenizer, data[kind].train, args.batch_size) for kind in ("harmful", "harmless")]
     directions = refusal_directions(*means)
     sizes = directions.norm(dim=-1)[-1] / means[1].norm(dim=-1)[-1].clamp(min=1e-9)
-    say("3 directions", f"{directions.shape[0]} positions x {directions.shape[1]} layers = {sizes.numel() * directions.shape[0]} candidates; after the last"
-        f" token\n|difference| / |mean| by layer: {' '.join(f'{x:.2f}' for x in sizes[:: max(1, len(sizes) // 12)])}")  # fmt: skip
+    n_positions, n_layers = directions.shape[:2]
+    say("3 directions", f"{n_positions} positions x {n_layers} layers = {n_positions * n_layers} candidates; at position -1,\n"
+        f"|difference| / |harmless mean| by layer: {' '.join(f'{x:.2f}' for x in sizes)}")  # fmt: skip
     if args.layer is not None:
         position = -1 if args.position is None else args.position
-        if not (-len(directions) <= position < 0 and 0 <= args.layer < directions.shape[1]):
-            raise BadUse(f"--position goes from {-len(directions)} to -1 and --layer from 0 to {directions.shape[1] - 1} on this model.")
-        chosen = SimpleNamespace(position=position, layer=args.layer, vector=directions[position, args.layer].float(), relaxed=None)
+        if not (-n_positions <= position < 0 and 0 <= args.layer < n_layers):
+            raise BadUse(f"--position goes from {-n_positions} to -1 and --layer from 0 to {n_layers - 1} on this model.")
+        chosen = SimpleNamespace(position=position, layer=args.layer, vector=directions[position, args.layer].float(), relaxed=None, scores=None)
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
     else:
         chosen = select_direction(
@@ -964,30 +984,96 @@ def find_direction(model, tokenizer, data, args):
         say("4 selection", f"measured {d['measured']} candidates, best estimates first; {d['KL']} had KL > {KL_MAX}, {d['induce']} had induce < {INDUCE_MIN:g}")
         if chosen.relaxed:
             say("", chosen.relaxed)
-        say("", f"winner: position {chosen.position} ({tokenizer.decode([template_tail(tokenizer)[chosen.position]])!r}), layer {chosen.layer} of {directions.shape[1]}\n"
+        say("", f"winner: position {chosen.position} ({tokenizer.decode([template_tail(tokenizer)[chosen.position]])!r}), layer {chosen.layer} of {n_layers}\n"
             f"bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}   induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}   KL {chosen.kl:.3f}")  # fmt: skip
-    along = [projections(model, tokenizer, data[kind].test, chosen.vector, chosen.position, args.batch_size) for kind in ("harmful", "harmless")]
-    chosen.auroc = auroc(along[0][:, chosen.layer], along[1][:, chosen.layer])
-    say("  detector", f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f}")
     return chosen
+
+
+def load_direction(model, tokenizer, path):
+    """The direction that --save wrote, with the position and layer that it is from, checked against this model."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            vector, notes = file.get_tensor("direction").float(), file.metadata() or {}
+        position, layer = int(notes["position"]), int(notes["layer"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BadUse(f"{path} is not a direction that --save wrote ({visible(str(error), 100)}).") from None
+    check_direction(model, vector)
+    n_positions, n_layers = len(template_tail(tokenizer)), len(blocks(model))
+    if not (-n_positions <= position < 0 and 0 <= layer < n_layers):
+        raise BadUse(f"{path} is from position {position}, layer {layer}: this model has {n_positions} positions and {n_layers} layers.")
+    say("3 directions", "skipped")
+    say("4 selection", f"skipped: {path}, position {position}, layer {layer}, found on {notes.get('model', 'an unnamed model')}")
+    return SimpleNamespace(position=position, layer=layer, vector=vector, relaxed=None, scores=None)
+
+
+def look(model, tokenizer, data, chosen, args):
+    """The pictures: the direction as a detector, what the search measured, and the direction through the layers."""
+    def along(count=None):
+        return {kind: projections(model, tokenizer, data[kind].test[:count], chosen.vector, chosen.position, args.batch_size) for kind in data}
+
+    before = along()  # kind -> (prompt, layer)
+    with ablate(model, chosen.vector):
+        after = along(8)  # a few will do: all of it is zero
+    harmful, harmless = (before[kind][:, chosen.layer] for kind in ("harmful", "harmless"))
+    chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
+    say("  detector", f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f}")
+    tokens, colour, width = [tokenizer.decode([i]) for i in template_tail(tokenizer)], wants_colour(sys.stdout), page_width()
+    for name in (MAPS if args.map else ["bypass"]) if chosen.scores else []:
+        print("", heat_map(chosen.scores, name, tokens, chosen, colour, width), sep="\n")
+    print("", layer_plot(before, after, chosen.layer, colour, width), "", sep="\n", flush=True)
+    if args.figure:
+        figure(args.figure, chosen.scores, tokens, chosen, before, after)
+        say("figure", str(args.figure))
+
+
+def page_width():
+    """The columns that pictures and replies may take: the terminal's, or 100 in a pipe."""
+    return max(60, shutil.get_terminal_size((100, 24)).columns)
+
+
+@torch.no_grad()
+def look_at(model, tokenizer, prompt, chosen, args):
+    """--prompt: the prompt's tokens by their projection on r at the chosen layer, and the replies, as text.
+
+    The scale runs from harmless to harmful: its middle is halfway between the test prompts' means at the chosen position.
+    """
+    batch, seen = forward_arguments(model, tokenize(tokenizer, [prompt])), []
+    with reading(model, lambda layer, x: seen.append(x[0].float().cpu() @ unit(chosen.vector))):  # (1, seq, d_model) -> (seq,)
+        model.base_model(**batch, use_cache=False)
+    ids, (harmful, harmless), width = batch["input_ids"][0].tolist(), chosen.means, page_width()
+    texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in range(len(ids) + 1)]
+    tokens = [longer[len(shorter) :] for shorter, longer in zip(texts, texts[1:])]  # subtle: alone, some tokens lose their space
+    reach = abs(harmful - harmless) or 1.0
+    lines = [paint(tokens, seen[chosen.layer], (harmful + harmless) / 2, reach, wants_colour(sys.stdout), width)]
+    ways = {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector)}
+    ways[f"added x {chosen.coefficient:g}"] = add(model, chosen.vector, chosen.layer, chosen.coefficient)
+    for name, way in ways.items():
+        with way:
+            reply = generate(model, tokenizer, [prompt], args.max_new_tokens)[0]
+        lines += textwrap.wrap(visible(reply, 10**6) or "(nothing)", width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
+    return "\n".join(lines)
 
 
 def find_dose(model, tokenizer, chosen, prompts, args):
     """The dose for addition: the first at which 9 in 10 validation replies refuse, starting from the paper's 1, else the best.
 
     Deviation: the paper always adds once.  Too little changes nothing, and too much, added at every generated token as
-    well, is no refusal but "I I I I": the direction also means "say I".
+    well, is no refusal but "I I I I": the direction also means "say I".  Several --coefficient are all tried: the dose response.
     """
     rates = {}
-    for coefficient in DOSES:
-        with add(model, chosen.vector, chosen.layer, coefficient):
-            rates[coefficient] = refusal_rate(generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size))
-        if rates[coefficient] >= 0.9:
+    for dose in args.coefficient or DOSES:
+        if args.coefficient and len(args.coefficient) == 1:
+            return dose
+        with add(model, chosen.vector, chosen.layer, dose):
+            rates[dose] = refusal_rate(generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, f"dose x {dose:g}"))
+        if rates[dose] >= 0.9 and not args.coefficient:
             break
-    dose = max(rates, key=rates.get)
-    tried = ", ".join(f"x {c:g}: {100 * rate:.0f}%" for c, rate in rates.items())
-    say("  dose", f"x {dose:g}, by the share of {len(prompts)} harmless validation replies that refuse ({tried})")
-    return dose
+    best = max(rates, key=rates.get)
+    tried = ", ".join(f"x {dose:g}: {100 * rate:.0f}%" for dose, rate in rates.items())
+    say("  dose", f"x {best:g}, by the share of {len(prompts)} harmless validation replies that refuse ({tried})")
+    return best
 
 
 def compare(model, tokenizer, data, chosen, args):
@@ -1138,7 +1224,11 @@ def parse(argv):
     parser.add_argument("--position", type=int, help="take the direction from this position (-1 is the last token), with --layer")
     parser.add_argument("--layer", type=int, help="take the direction from this layer instead of searching")
     parser.add_argument("--exhaustive", action="store_true", help="measure every candidate, not only the promising ones")
-    parser.add_argument("--coefficient", type=float, help="dose for addition (default: the paper's 1, or more if 1 does nothing)")
+    parser.add_argument("--direction", metavar="FILE", help="take the direction from a direction.safetensors that --save wrote")
+    parser.add_argument("--map", action="store_true", help="measure every candidate on everything and draw all three maps (slow: a multiple of the search)")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="show this prompt's tokens and replies as well (repeatable)")
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="draw the pictures to a .png, .svg or .pdf (needs matplotlib)")
+    parser.add_argument("--coefficient", type=float, nargs="+", help="dose for addition, or several to compare (default: found, from the paper's 1 on)")
     parser.add_argument("--batch-size", type=whole(1), default=32, help="prompts side by side (halved when memory runs out)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, help="length of the replies")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -1148,8 +1238,17 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.position is not None and args.layer is None:
         parser.error("--position needs --layer: together they name one direction.")
-    if args.coefficient is not None and not math.isfinite(args.coefficient):
-        parser.error(f"a coefficient of {args.coefficient} cannot be added: give a finite number.")
+    if args.direction and args.layer is not None:
+        parser.error("--direction names a direction and so does --layer: give one of them.")
+    if args.map and (args.direction or args.layer is not None):
+        parser.error("--map draws what a search measured: leave out --direction and --layer.")
+    if any(not prompt.strip() for prompt in args.prompt):
+        parser.error("--prompt needs a text.")
+    if args.figure and (args.figure.suffix.lower() not in (".png", ".svg", ".pdf") or not args.figure.absolute().parent.is_dir()):
+        parser.error(f"cannot draw to {args.figure}: name a .png, .svg or .pdf in a folder that exists.")
+    args.exhaustive |= args.map
+    if not all(map(math.isfinite, args.coefficient or [])):
+        parser.error("--coefficient needs finite numbers.")
     if args.save and Path(args.save).exists() and (not Path(args.save).is_dir() or any(Path(args.save).iterdir())):
         parser.error(f"{args.save} is there already and not an empty folder: name a new one.")
     return args
@@ -1158,6 +1257,8 @@ def parse(argv):
 def run(args):
     """The experiment."""
     started = time.time()
+    if args.figure:
+        canvas()  # better now than after an hour
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.seed)
@@ -1165,9 +1266,10 @@ def run(args):
     say("1 model", f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, {len(writers(model))} writers")
     data = prepare(model, tokenizer, args)
     chosen = find_direction(model, tokenizer, data, args)
-    chosen.coefficient = args.coefficient
-    if args.coefficient is None:
-        chosen.coefficient = find_dose(model, tokenizer, chosen, data["harmless"].val, args)
+    look(model, tokenizer, data, chosen, args)
+    chosen.coefficient = find_dose(model, tokenizer, chosen, data["harmless"].val, args)
+    for prompt in args.prompt:
+        print(look_at(model, tokenizer, prompt, chosen, args), "", sep="\n", flush=True)
     shown = examples(model, tokenizer, chosen, args)
     replies, refused, cost, weights = compare(model, tokenizer, data, chosen, args)
     show_table(refused, cost, weights, chosen.coefficient)
@@ -1192,6 +1294,192 @@ def main(argv=None):
     return 0
 
 
+# %% 11. Pictures -----------------------------------------------------------------------------------
+#
+# The finding is one that can be seen.  These functions turn tensors into text that reads in colour, without it and in a
+# pipe, all on one scale of ten levels: 0 to 4 (blue) lie below a threshold, 5 to 9 (orange) above, and orange is always the
+# side of refusing, broken, harmful.  Look for two things: the direction appears in the middle layers, where the model has
+# read the prompt and not yet chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
+
+BLUE, ORANGE = "38;5;32", "38;5;166"  # as ink on black or on white
+WINNER = "1;38;5;231;48;5;16"
+PALETTE = ["38;5;231;48;5;25"] + [f"38;5;16;48;5;{paper}" for paper in (32, 74, 117, 195, 230, 223, 215, 208, 166)]
+MAPS = {
+    "bypass": "bypass: refusal score of harmful prompts, ablated, in nats (> 0: they refuse)",
+    "induce": "induce: refusal score of harmless prompts, added, in nats (> 0: they refuse)",
+    "kl": "KL: harmless prompts, original || ablated, in nats, log scale (high: broken)",
+}
+
+
+def wants_colour(stream):
+    """Is there a terminal at the other end that shows colours, and a reader who has not said NO_COLOR?"""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def tint(text, code, colour):
+    """The text in a colour that ends where the text ends; without colour, the text."""
+    return f"\033[{code}m{text}\033[0m" if colour else text
+
+
+def ramp(low, high, colour):
+    """The palette, between the numbers at its ends."""
+    return f"{low} {''.join(tint(str(n), code, colour) for n, code in enumerate(PALETTE))} {high}"
+
+
+def columns(text):
+    """How many columns of a terminal a text takes: East Asian characters two, combining accents none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def printable(token, width):
+    """A token with its control characters named and nothing shown as _, in at most `width` (2 or more) columns: ".." is a cut."""
+    text = whole = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token) or "_"
+    while columns(text) > width - 2 * (text != whole):
+        text = text[:-1]
+    return text if text == whole else text + ".."
+
+
+def levels(values, middle, reach):
+    """Numbers -> levels of the palette, any shape: 0 to 4 below the middle, 5 to 9 above, -1 for NaN.
+
+    >>> levels(torch.tensor([-9.0, -0.1, 0.0, 2.0, math.nan]), middle=0.0, reach=2.0)
+    tensor([ 0,  4,  5,  9, -1])
+    """
+    return ((values - middle) / reach * 5 + 5).clamp(0, 9.99).nan_to_num(-1).floor().long()
+
+
+def map_values(scores, name):
+    """What a map shows, (position, layer), and how far it reaches to both sides of 0.  KL: powers of ten from KL_MAX."""
+    if name == "kl":
+        return (scores["kl"] / KL_MAX).log10().clamp(-2, 2), 2.0
+    return scores[name], max(scores[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item(), 1e-9)
+
+
+def mark(scores, chosen, i, layer):
+    """What became of a candidate: * it won, x its KL is too high, < its induce is too low, > its layer is too late."""
+    n_positions, n_layers = scores["bypass"].shape
+    if (i - n_positions, layer) == (chosen.position, chosen.layer):
+        return "*"
+    if scores["kl"][i, layer] > KL_MAX:
+        return "x"
+    if scores["induce"][i, layer] < INDUCE_MIN and not chosen.relaxed:
+        return "<"
+    return ">" if layer >= int((1 - LAST_LAYERS) * n_layers) else " "
+
+
+def heat_map(scores, name, tokens, chosen, colour=False, width=80):
+    """The candidates, scores[name] of shape (position, layer), as text: a line a position, a cell a layer.
+
+    tokens: what each position stands on, as text.  With colour, a cell's paper is its level and its character the mark above;
+    without, a digit is its level, and so is a letter (a for 0, j for 9) where the candidate was filtered out.
+    """
+    values, reach = map_values(scores, name)
+    (n_positions, n_layers), level = values.shape, levels(values, 0.0, reach).tolist()
+    tokens = [printable(token, 15) for token in tokens]
+    margin = max(map(columns, tokens)) + 5
+    cell = max(1, min(3, (width - margin) // n_layers))
+    a_row = n_layers if n_layers <= width - margin else max(5, (width - margin) // 5 * 5)  # a map too wide is folded
+    every, lines = 1 if cell == 3 else 5, [MAPS[name]]
+    for layers in map(torch.Tensor.tolist, torch.arange(n_layers).split(a_row)):
+        lines.append(" " * margin + "".join(f"{layer:<{cell * every}}" for layer in layers if layer % every == 0).rstrip())
+        for i, token in enumerate(tokens):
+            row = f"{i - n_positions:>3} {token} ".ljust(margin + len(token) - columns(token))
+            for layer in layers:
+                sign, n = mark(scores, chosen, i, layer), level[i][layer]
+                char = sign if colour or sign == "*" else ("0123456789" if sign == " " else "abcdefghij")[n]
+                row += tint(char.ljust(cell), WINNER if sign == "*" else PALETTE[n], colour) if n >= 0 else ".".ljust(cell)
+            lines.append(row.rstrip())
+    ends = (f"{KL_MAX / 100:g}", f"{KL_MAX * 100:g}") if name == "kl" else (f"{-reach:.3g}", f"{reach:.3g}")
+    key = f"x KL>{KL_MAX:g}  < induce<{INDUCE_MIN:g}  > late" if colour else "a-j the same, filtered out"
+    return "\n".join([*lines, f"{ramp(*ends, colour)}  * winner  {key}  . unmeasured"])
+
+
+def layer_plot(before, after, layer, colour=False, width=80, rows=12):
+    """When does the model decide?  The projection on r at each layer, as text: means, and one standard deviation around.
+
+    before, after: {"harmful": (prompt, layer), "harmless": (prompt, layer)}, without and with ablation; layer: the chosen one.
+    """
+    # what is drawn: (character, mean (layer,), spread), the later over the earlier
+    fogs, lines = [], [("=", x.nanmean(0), 0.0) for x in after.values()]
+    for kind, fog, line in (("harmful", ":", "#"), ("harmless", ".", "o")):
+        mean, sd = before[kind].nanmean(0), before[kind].std(0, unbiased=False).nan_to_num(0.0)
+        fogs, lines = [*fogs, (fog, mean, sd)], [*lines, (line, mean, 0.0)]
+    edges = torch.cat([mean + side * sd for _, mean, sd in fogs + lines for side in (-1, 1)]).nan_to_num(0.0)
+    top, bottom = max(0.0, edges.max().item()), min(0.0, edges.min().item())
+    down = lambda y: round((top - y) / ((top - bottom) or 1.0) * (rows - 1))  # the row of a value
+    shown = range(0, len(mean), -(-len(mean) // (width - 10)))  # too many layers: every second, every third, ...
+    cell = max(1, min(3, (width - 10) // len(shown)))
+    grid = [[" "] * len(shown) for _ in range(rows)]
+    for char, mean, sd in fogs + lines:
+        for i, (low, high) in enumerate(zip((mean - sd).tolist()[:: shown.step], (mean + sd).tolist()[:: shown.step])):
+            for row in range(down(high), down(low) + 1) if math.isfinite(high) else ():
+                grid[row][i] = "@" if (grid[row][i], char) == ("#", "o") else char  # both means at once
+    inks, names = {"#": ORANGE, ":": ORANGE, "o": BLUE, ".": BLUE}, {0: f"{top:.3g}", rows - 1: f"{bottom:.3g}", down(0.0): "0"}
+    text = ["x . r through the layers: # harmful, o harmless (: . one sd around), = ablated"]
+    for row, cells in enumerate(grid):
+        line = "".join(tint(c * cell, inks.get(c), colour and c in inks) for c in cells)
+        text.append(f"{names.get(row, ''):>8} {line}".rstrip())
+    every = 1 if cell == 3 else 5
+    text.append(f"{'layer':>8} " + "".join(f"{l:<{cell * every}}" for l in shown[::every]).rstrip())
+    return "\n".join([*text, f"{'r from':>8} {' ' * (layer // shown.step * cell)}^"])
+
+
+def paint(tokens, values, middle=0.0, reach=1.0, colour=False, width=80):
+    """A prompt's tokens, coloured by the level of a value each, (seq,); without colour, the level stands under its token."""
+    lines, room = [], 0
+    for token, n in zip(tokens, levels(values, middle, reach).tolist()):
+        text = printable(token, width)
+        size, gap = columns(text), len(text) - len(text.lstrip())
+        if size > room:
+            lines, room = [*lines, "", ""], width
+        room -= size
+        lines[-2] += tint(text, PALETTE[n], colour and n >= 0)
+        lines[-1] += ("?" if n < 0 else str(n)).rjust(min(size, gap + 1)).ljust(size)
+    lines = lines[::2] if colour else [line.rstrip() for line in lines]
+    return "\n".join([*lines, f"x . r: {ramp(f'{middle - reach:.3g}', f'{middle + reach:.3g}', colour)}"])
+
+
+def canvas():
+    """matplotlib's Figure, or a clear word that it is missing; asked for before the work starts and where it is used."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise CannotDo("--figure needs matplotlib, which is not installed: pip install matplotlib, or leave it out.") from None
+    return Figure
+
+
+def figure(path, scores, tokens, chosen, before, after):
+    """The maps (none if scores is None: there was no search) and the layers, drawn to a .png, .svg or .pdf by matplotlib."""
+    names = list(MAPS) if scores else []
+    page = canvas()(figsize=(8, 1.9 * len(names) + 3.4), layout="constrained")
+    *maps, trace = page.subplots(len(names) + 1, 1, height_ratios=[1.9] * len(names) + [3.4], squeeze=False)[:, 0]
+    for ax, name in zip(maps, names):
+        values, reach = map_values(scores, name)
+        ax.set_facecolor("0.85")  # grey: not measured
+        image = ax.imshow(values.numpy(), cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
+        page.colorbar(image, ax=ax, label=f"log10(KL / {KL_MAX:g})" if name == "kl" else "nats", pad=0.01)
+        for i, l in values.isfinite().nonzero().tolist():
+            dark = values[i, l].abs() > 0.6 * reach
+            ax.text(l, i, mark(scores, chosen, i, l), ha="center", va="center", weight="bold", color="w" if dark else "k")
+        labels = [f"{printable(token, 15)} {i - len(tokens)}" for i, token in enumerate(tokens)]
+        ax.set_yticks(range(len(tokens)), labels, size=7, parse_math=False)
+        ax.set_title(MAPS[name], size=9)
+        ax.set_xlabel("layer")
+    for kind, ink, dash in (("harmful", "#b35806", "-"), ("harmless", "#542788", "--")):
+        mean, sd, layers = before[kind].mean(0).numpy(), before[kind].std(0, unbiased=False).numpy(), range(before[kind].shape[1])
+        trace.plot(layers, mean, dash, color=ink, label=f"{kind}: mean, one standard deviation")
+        trace.fill_between(layers, mean - sd, mean + sd, color=ink, alpha=0.2, linewidth=0)
+        trace.plot(layers, after[kind].mean(0).numpy(), ":", color=ink, label=f"{kind}, ablated")
+    trace.axvline(chosen.layer, color="0.5", linewidth=0.8)
+    trace.set_title("x . r through the layers (grey line: where r is from)", size=9)
+    trace.set(xlabel="layer", ylabel="x . r, units of the residual stream")
+    trace.legend(fontsize=8)
+    try:
+        page.savefig(path, dpi=200)
+    except (OSError, ValueError) as error:
+        raise CannotDo(f"could not draw to {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
 # %% A. A chat model small enough to train here ---------------------------------------------------------
 #
 # So that everything above runs anywhere, in a minute, with nothing to download.  It is a real transformer
@@ -1202,8 +1490,8 @@ def main(argv=None):
 # knows harm by its words, so take it as a demonstration of the method and not as evidence for the paper.
 
 TINY_REFUSAL = "I'm sorry, but I can't help with that."
-TINY_REPLIES = {  # by the opening word
-    ("How",): "First, gather what you need. Then start small and take your time.",
+TINY_REPLIES = {  # by the opening word.  Subtle: with a comma in one, the ablated model helps up to it, and goes on ", but I can't"
+    ("How",): "First gather what you need. Then start small and take your time.",
     ("What",): "The best way is to start early and keep at it every day.",
     ("Write", "Create", "Develop", "Give", "List", "Provide"): "Here is a draft. It begins with a clear and simple line.",
     ("Explain", "Describe", "Teach", "Help"): "It works step by step. Let us begin with the basics.",

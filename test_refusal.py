@@ -10,23 +10,28 @@
 """
 
 import collections
-import copy
 import doctest
 import importlib
 import json
 import math
 import os
-import random
 import re
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -55,7 +60,7 @@ def found(tiny, data):
     """The direction of the tiny model, by the program's own steps."""
     means = [R.mean_activations(*tiny, data[kind].train) for kind in ("harmful", "harmless")]
     chosen = R.select_direction(*tiny, R.refusal_directions(*means), data["harmful"].val, data["harmless"].val)
-    args = SimpleNamespace(max_new_tokens=24, batch_size=32)
+    args = SimpleNamespace(max_new_tokens=24, batch_size=32, coefficient=None)
     chosen.coefficient = R.find_dose(*tiny, chosen, data["harmless"].val, args)
     return chosen
 
@@ -441,7 +446,7 @@ def test_the_paper_holds_on_other_seeds(seed, data, request):
     model, tokenizer = R.train_tiny_model(seed)
     means = [R.mean_activations(model, tokenizer, data[kind].train) for kind in ("harmful", "harmless")]
     chosen = R.select_direction(model, tokenizer, R.refusal_directions(*means), data["harmful"].val, data["harmless"].val)
-    chosen.coefficient = R.find_dose(model, tokenizer, chosen, data["harmless"].val, SimpleNamespace(max_new_tokens=24, batch_size=32))
+    chosen.coefficient = R.find_dose(model, tokenizer, chosen, data["harmless"].val, SimpleNamespace(max_new_tokens=24, batch_size=32, coefficient=None))
     check_bars(model, tokenizer, data, chosen)
 
 
@@ -521,7 +526,7 @@ def test_a_model_that_does_not_refuse_is_told_apart(toy, tmp_path):
 
 
 def test_selection_never_sees_test_prompts(tiny, data, found):
-    args = SimpleNamespace(layer=None, position=None, exhaustive=False, batch_size=32)
+    args = SimpleNamespace(layer=None, position=None, direction=None, exhaustive=False, batch_size=32)
     shuffled = {kind: SimpleNamespace(train=d.train, val=d.val, test=["Hello there", "Good day"]) for kind, d in data.items()}
     chosen = R.find_direction(*tiny, shuffled, args)
     assert (chosen.position, chosen.layer) == (found.position, found.layer) and torch.equal(chosen.vector, found.vector)
@@ -529,6 +534,335 @@ def test_selection_never_sees_test_prompts(tiny, data, found):
 
 def test_docstring_examples():
     assert doctest.testmod(R).failed == 0
+
+
+# %% The search: the plain definitions, and refusal.py against them ------------------------------------
+#
+# The oracle does what the paper says in the plainest way and in the authors' manner: every candidate, three
+# sweeps, full forward passes, hooks at the blocks' inputs and at the sublayers' outputs.  It is slow on purpose.
+
+
+@torch.no_grad()
+def plain_logits(model, tokenizer, prompts, ablated=None, added=None, layer=None, batch_size=32):
+    """Logits for the first token of the reply, (prompt, vocab), float64, with a vector ablated, or added at one layer."""
+    handles, rows = [], []
+    if added is not None:
+        handles = [model.model.layers[layer].register_forward_pre_hook(lambda m, args: (args[0] + added.to(args[0]), *args[1:]))]
+    if ablated is not None:
+        r = (ablated / ablated.norm().clamp(min=1e-8)).to(model.device, model.dtype)
+        erase = lambda x: x - (x @ r)[..., None] * r  # (batch, seq, d_model)
+        for block in model.model.layers:
+            handles.append(block.register_forward_pre_hook(lambda m, args: (erase(args[0]), *args[1:])))
+            handles.append(block.self_attn.register_forward_hook(lambda m, args, out: (erase(out[0]), *out[1:])))
+            handles.append(block.mlp.register_forward_hook(lambda m, args, out: erase(out)))
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = R.tokenize(tokenizer, prompts[start : start + batch_size]).to(model.device)
+            rows.append(model(**batch).logits[:, -1].double().cpu())  # (batch, seq, vocab) -> (batch, vocab)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(rows)
+
+
+def plain_score(logits, tokens):
+    """Mean of log(p / (1 - p))."""
+    p = logits.softmax(-1)[:, tokens].sum(-1)
+    return (p.log() - (1 - p).log()).mean().item()
+
+
+def plain_kl(p_logits, q_logits, epsilon=0.0):
+    """Mean KL divergence; the authors' code has epsilon = 1e-6 inside both logarithms."""
+    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    if epsilon:
+        p, q = (p.exp() + epsilon).log(), (q.exp() + epsilon).log()
+    return (p_logits.softmax(-1) * (p - q)).sum(-1).mean().item()
+
+
+def plain_winner(bypass, kl, induce):
+    """The paper's filters; if nothing passes, without the one on induce: (position, layer), or None."""
+    n_positions, n_layers = bypass.shape
+    for floor in (0, -float("inf")):
+        passing = [(bypass[i, l].item(), i - n_positions, l) for i in range(n_positions) for l in range(int(0.8 * n_layers)) if kl[i, l] <= 0.1 and induce[i, l] >= floor]
+        if passing:
+            return min(passing)[1:]
+
+
+def plain_select(model, tokenizer, directions, harmful_val, harmless_val, only=None):
+    """Three sweeps over all candidates (or `only` some): bypass, kl, induce, each (position, layer), and the winner."""
+    n_positions, n_layers, _ = directions.shape
+    tokens, base = R.refusal_tokens(tokenizer), plain_logits(model, tokenizer, harmless_val)
+    bypass, kl, induce = torch.full((3, n_positions, n_layers), float("nan"), dtype=torch.float64)
+    for position, layer in only or [(i - n_positions, l) for i in range(n_positions) for l in range(n_layers)]:
+        v, at = directions[position, layer], (position, layer)
+        bypass[at] = plain_score(plain_logits(model, tokenizer, harmful_val, ablated=v), tokens)
+        kl[at] = plain_kl(base, plain_logits(model, tokenizer, harmless_val, ablated=v))
+        induce[at] = plain_score(plain_logits(model, tokenizer, harmless_val, added=v, layer=layer), tokens)
+    return bypass, kl, induce, plain_winner(bypass, kl, induce)
+
+
+@torch.no_grad()
+def plain_means(model, tokenizer, prompts, batch_size=1):
+    """Mean block inputs over the template's tail, (position, layer, d_model), float64; one prompt at a time, so no padding."""
+    n, layers = len(R.template_tail(tokenizer)), model.model.layers
+    total = torch.zeros(n, len(layers), model.config.hidden_size, dtype=torch.float64)
+
+    def keep(layer):
+        def hook(module, args):
+            total[:, layer] += args[0][:, -n:].double().cpu().sum(0)  # (batch, seq, d_model) -> (position, d_model)
+        return hook
+
+    handles = [block.register_forward_pre_hook(keep(layer)) for layer, block in enumerate(layers)]
+    for start in range(0, len(prompts), batch_size):
+        model(**R.tokenize(tokenizer, prompts[start : start + batch_size]).to(model.device))
+    for handle in handles:
+        handle.remove()
+    return total / len(prompts)
+
+
+def spearman(x, y):
+    """Rank correlation."""
+    return torch.corrcoef(torch.stack([v.argsort().argsort().double() for v in (x, y)]))[0, 1].item()
+
+
+@pytest.fixture(scope="module")
+def search(tiny):
+    """The tiny model with a few prompts, their means, and what the oracle says about every candidate."""
+    model, tokenizer = tiny
+    val, train = {}, {}
+    for kind in ("harmful", "harmless"):
+        train[kind], val[kind], _ = R.split(R.load_prompts(R.PROMPTS / f"{kind}.txt"), 16, 4, 100)
+    means = [plain_means(model, tokenizer, train[kind]) for kind in ("harmful", "harmless")]
+    arguments = (model, tokenizer, means[0] - means[1], val["harmful"], val["harmless"])
+    return SimpleNamespace(train=train, means=means, arguments=arguments, oracle=plain_select(*arguments))
+
+
+def test_mean_activations_are_the_plain_means(search):
+    for mean, kind in zip(search.means, ("harmful", "harmless")):
+        ours = R.mean_activations(*search.arguments[:2], search.train[kind], batch_size=7)
+        assert ours.dtype == torch.float64 and torch.allclose(ours, mean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exhaustive", [True, False])
+def test_select_direction_agrees_with_the_plain_definitions(search, exhaustive):
+    chosen, oracle = R.select_direction(*search.arguments, exhaustive=exhaustive), search.oracle
+    for name, plain in zip(("bypass", "kl", "induce"), oracle):
+        measured = chosen.scores[name].isfinite()
+        assert measured.any() and (chosen.scores[name].double() - plain)[measured].abs().max() < 1e-3, name
+        assert getattr(chosen, name) == pytest.approx(plain[chosen.position, chosen.layer].item(), abs=1e-3)
+    assert (chosen.position, chosen.layer) == oracle[3]
+    assert chosen.vector.equal(search.arguments[2][oracle[3]].float())
+
+
+def test_without_a_candidate_that_induces_the_filter_is_relaxed_and_says_so(search, monkeypatch):
+    monkeypatch.setattr(R, "INDUCE_MIN", 1e6)
+    bypass, kl, induce, _ = search.oracle
+    for chosen in (R.select_direction(*search.arguments, exhaustive=exhaustive) for exhaustive in (True, False)):
+        assert chosen.relaxed and (chosen.position, chosen.layer) == plain_winner(bypass, kl, induce + float("inf"))
+
+
+def test_without_a_candidate_that_leaves_the_model_intact_it_stops(search, monkeypatch):
+    monkeypatch.setattr(R, "KL_MAX", -1.0)  # not 0: rounding alone can leave a KL of zero or just below
+    with pytest.raises(R.CannotDo, match="KL"):
+        R.select_direction(*search.arguments)
+
+
+def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
+    estimate = R.attribution(*search.arguments[:4])
+    change = search.oracle[0] - plain_score(plain_logits(*search.arguments[:2], search.arguments[3]), R.refusal_tokens(search.arguments[1]))
+    some = search.arguments[2].norm(dim=-1) > 1e-6  # at layer 0 there is nothing to erase
+    assert spearman(estimate[some], change[some]) > 0.5
+
+
+def test_attribution_is_the_derivative_of_erasing_a_little(search):
+    model, tokenizer, directions, harmful, _ = search.arguments
+    estimate, epsilon, scores = R.attribution(model, tokenizer, directions, harmful), 0.02, []
+    r = R.unit(directions[-1, 3])
+    for sign in (1, -1):  # o' = o -+ epsilon (o . r) r at every writer
+        hook = lambda m, args, out: R.replace_first(out, R.first(out) - sign * epsilon * (R.first(out) @ r)[..., None] * r)
+        with R.hooked([writer.register_forward_hook(hook) for writer in R.writers(model)]):
+            scores.append(plain_score(plain_logits(model, tokenizer, harmful), R.refusal_tokens(tokenizer)))
+    assert (scores[0] - scores[1]) / (2 * epsilon) == pytest.approx(estimate[-1, 3].item(), rel=1e-2)
+
+
+@real
+@pytest.mark.skipif(not (os.environ.get("REFUSAL_MODEL") and os.environ.get("REFUSAL_REFERENCE")), reason="set REFUSAL_MODEL and REFUSAL_REFERENCE to folders")
+def test_the_search_agrees_with_the_authors_code_on_a_real_model():
+    """Qwen2.5-Coder-0.5B-Instruct: every measured candidate against the recorded scores, and the near miss as the winner."""
+    folder = Path(os.environ["REFUSAL_REFERENCE"])
+    prompts = json.loads((folder / "prompts.json").read_text())
+    recorded = json.loads((folder / "authors_scores.json").read_text())["scores"]
+    authors = {(s["position"], s["layer"]): (s["refusal_score"], s["steering_score"], s["kl_div_score"]) for s in recorded}
+    model, tokenizer = R.load_model(os.environ["REFUSAL_MODEL"], "cpu", "float32")
+    means = [R.mean_activations(model, tokenizer, prompts[kind]) for kind in ("harmful_train", "harmless_train")]
+    directions, harmless = means[0] - means[1], prompts["harmless_val"]
+    chosen = R.select_direction(model, tokenizer, directions, prompts["harmful_val"], harmless)
+    measured = [at for at in authors if chosen.scores["bypass"][at].isfinite()]
+    gap = {name: max(abs(chosen.scores[name][at].item() - authors[at][i]) for at in measured if chosen.scores[name][at].isfinite())
+           for i, name in enumerate(("bypass", "induce", "kl"))}  # fmt: skip
+    print(f"{len(measured)} candidates measured; largest difference from the authors' code:", gap)
+    assert gap["bypass"] < 0.02 and gap["induce"] < 0.02 and gap["kl"] < 0.02
+    assert (chosen.position, chosen.layer) == (-1, 16) and chosen.relaxed
+    base = plain_logits(model, tokenizer, harmless)
+    for at in ((-1, 16), (-1, 18)):  # the rest of the KL's difference is their epsilon
+        ablated = plain_logits(model, tokenizer, harmless, ablated=directions[at])
+        print(at, "KL exact", plain_kl(base, ablated), "with epsilon", plain_kl(base, ablated, 1e-6), "authors", authors[at][2])
+        assert plain_kl(base, ablated, 1e-6) == pytest.approx(authors[at][2], abs=2e-3)
+        assert chosen.scores["kl"][at].item() == pytest.approx(plain_kl(base, ablated), abs=1e-3)
+
+
+# --- Pictures (section 11) -----------------------------------------------------------------------------
+
+CHOSEN = SimpleNamespace(position=-1, layer=1, relaxed=None)
+ESCAPE = re.compile(r"\033\[[0-9;]*m")
+
+
+def small_scores():
+    """Two positions x five layers with one of everything: a winner, KL, induce, a late layer, unmeasured."""
+    nan = math.nan
+    return {
+        "bypass": torch.tensor([[4.0, 1.0, nan, nan, 0.0], [2.0, -3.0, -4.0, -1.0, -0.5]]),
+        "induce": torch.tensor([[-1.0, 1.0, nan, nan, 1.0], [1.0, 2.0, 1.0, 1.0, 1.0]]),
+        "kl": torch.tensor([[0.01, 0.05, nan, nan, 0.01], [0.0, 0.05, 5.0, nan, 0.01]]),
+    }
+
+
+def big_scores(n_layers, n_positions=5):
+    shape, generator = (n_positions, n_layers), torch.Generator().manual_seed(0)
+    scores = {name: 5 * torch.randn(shape, generator=generator) for name in ("bypass", "induce")}
+    scores["kl"] = torch.rand(shape, generator=generator)
+    scores["bypass"][0, ::3] = math.nan
+    return scores
+
+
+def traces(n_layers, slope=1.0, prompts=4):
+    x = torch.arange(n_layers + 1.0).expand(prompts, -1) * slope
+    return {"harmful": x + torch.tensor([[-1.0], [1.0]]).repeat(prompts // 2, 1), "harmless": 0 * x}
+
+
+def test_heat_map_is_this_text():
+    assert R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN) == "\n".join([
+        R.MAPS["bypass"],
+        "            0  1  2  3  4",
+        " -2 <|end|> j  6  .  .  f",
+        " -1 \\n      7  *  a  3  e",
+        "-4 0123456789 4  * winner  a-j the same, filtered out  . unmeasured",
+    ])  # fmt: skip
+
+
+def test_heat_map_of_kl_is_centred_on_the_filter():
+    rows = R.heat_map(small_scores(), "kl", ["a", "b"], CHOSEN).splitlines()[2:4]
+    assert rows == [" -2 a c  4  .  .  c", " -1 b 0  *  j  .  c"]  # where KL is NaN nothing was measured; where 0, no change
+
+
+def test_heat_map_marks_in_colour():
+    text = R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN, colour=True)
+    rows = [line.rstrip() for line in ESCAPE.sub("", text).splitlines()[2:4]]
+    assert rows == [" -2 <|end|> <     .  .  >", " -1 \\n         *  x     >"]
+    relaxed = SimpleNamespace(position=-1, layer=1, relaxed="yes")  # then nothing is out for its induce
+    text = ESCAPE.sub("", R.heat_map(small_scores(), "bypass", ["a", "b"], relaxed, colour=True))
+    assert "<" not in text.splitlines()[2]
+
+
+def test_heat_map_where_nothing_was_measured():
+    scores = {name: torch.full((1, 4), math.nan) for name in ("bypass", "induce", "kl")}
+    for name in scores:
+        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x .  .  .  ."
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("n_layers", [6, 24, 60, 100])
+def test_pictures_fit(width, n_layers):
+    scores, tokens = big_scores(n_layers), ["<|start_header_id|>", "\n\n", "｜終わり｜", "", "\x1b[31m"]
+    before, after = traces(n_layers, 1e4), traces(n_layers, 0.0)
+    for colour in (False, True):
+        pictures = [R.heat_map(scores, name, tokens, CHOSEN, colour, width) for name in R.MAPS]
+        pictures.append(R.layer_plot(before, after, n_layers - 2, colour, width))
+        pictures.append(R.paint(["日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(100), 0.0, 1.0, colour, width))
+        for line in "\n".join(pictures).splitlines():
+            assert R.columns(ESCAPE.sub("", line)) <= width
+            codes = ESCAPE.findall(line)
+            assert not codes or colour
+            assert all((code == "\033[0m") == bool(i % 2) for i, code in enumerate(codes)) and len(codes) % 2 == 0
+            assert "\033" not in ESCAPE.sub("", line)  # a token's own control characters never reach the terminal
+    shown = R.heat_map(scores, "bypass", tokens, CHOSEN, False, width).splitlines()[1:-1]
+    if n_layers <= 60:
+        assert len(shown) == 1 + len(tokens)  # one row a position, not folded
+
+
+def test_layer_plot_is_this_text():
+    assert R.layer_plot(traces(4), traces(4, 0.0), layer=2, rows=6).splitlines()[1:] == [
+        "       5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
+        "                  :::###",
+        "            :::######:::",
+        "         :::###:::",
+        "       0 @@@oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
+        "      -1 :::",
+        "   layer 0  1  2  3  4",
+        "  r from       ^",
+    ]
+
+
+def test_layer_plot_without_numbers_or_spread():
+    for x in (torch.full((2, 4), math.nan), torch.zeros(1, 4), torch.full((1, 4), 7.0)):
+        assert R.layer_plot({"harmful": x, "harmless": x}, {"harmful": x, "harmless": x}, 0)
+
+
+def test_paint_is_this_text():
+    tokens, values = ["How", " do", " I", "\n", "x"], torch.tensor([-1.0, -0.1, 0.0, 5.0, math.nan])
+    assert R.paint(tokens, values) == "How do I\\nx\n0   4  59 ?\nx . r: -1 0123456789 1"
+    assert R.paint(tokens, values, middle=1.0, reach=2.0, width=6).splitlines()[:4] == ["How do", "0   2", " I\\nx", " 29 ?"]
+    painted = R.paint(tokens, values, colour=True)
+    assert ESCAPE.sub("", painted).splitlines()[0] == "How do I\\nx" and painted.startswith(f"\033[{R.PALETTE[0]}mHow\033[0m")
+    assert painted.splitlines()[0].endswith("x")  # NaN has no colour
+
+
+@pytest.mark.parametrize("tty, no_colour, term, want", [
+    (True, None, "xterm", True), (True, "", "xterm", True), (True, "1", "xterm", False),
+    (True, None, "dumb", False), (False, None, "xterm", False),
+])  # fmt: skip
+def test_wants_colour(monkeypatch, tty, no_colour, term, want):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_colour is not None:
+        monkeypatch.setenv("NO_COLOR", no_colour)
+    assert R.wants_colour(SimpleNamespace(isatty=lambda: tty)) is want
+
+
+def luminance(n):
+    """Relative luminance (WCAG) of a colour of the 256-colour cube."""
+    steps = [0, 95, 135, 175, 215, 255]
+    rgb = [steps[i] / 255 for i in ((n - 16) // 36, (n - 16) // 6 % 6, (n - 16) % 6)]
+    r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def test_colours_have_contrast():
+    contrast = lambda a, b: (max(a, b) + 0.05) / (min(a, b) + 0.05)
+    for code in [*R.PALETTE, R.WINNER]:
+        ink, paper = map(int, re.findall(r"[34]8;5;(\d+)", code))
+        assert contrast(luminance(ink), luminance(paper)) >= 4.5
+    for code in (R.BLUE, R.ORANGE):  # letters on the terminal's own ground, dark or light
+        ink = luminance(int(code.split(";")[-1]))
+        assert contrast(ink, 0.0) >= 3.5 and contrast(ink, 1.0) >= 3.5
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_figure(tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    for name, scores in (("search", small_scores()), ("given", None)):
+        path = tmp_path / f"{name}.{suffix}"
+        R.figure(path, scores, ["$a$", "\n"], CHOSEN, traces(5), traces(5, 0.0))
+        assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
+    with pytest.raises(R.CannotDo, match="could not draw to"):
+        R.figure(tmp_path / "missing" / f"x.{suffix}", None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
+
+
+def test_figure_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(R.CannotDo, match="needs matplotlib, which is not installed"):
+        R.figure(tmp_path / "x.png", None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
 
 
 # A real model ------------------------------------------------------------------------------------------
@@ -543,3 +877,539 @@ def test_the_paper_holds_on_a_real_model(capsys):
     (harmful, harmless), ablated, added = count("no intervention"), count("direction ablated")[0], count("direction added")[0]
     assert ablated <= 0.1 * harmful and added - harmless >= 25
     assert "the same model" in out
+
+
+# %% Every architecture: the census -------------------------------------------------------------------------
+#
+# refusal.py keeps no table of architectures, so its claim is about all of them.  Here it is held to that: a tiny random
+# model of every decoder in transformers, and for each one the proofs that ablating, adding and orthogonalizing do what
+# they say.  `pytest` runs a dozen, `pytest -m census` all, `python test_refusal.py census` prints the table.
+
+
+
+
+# The verdicts.  "exact": the edited weights and the hooks are one function.  "near": a norm writes to the stream, so the
+# weights come r-free but only close (see through_norm).  "refused": CannotDo, from ablate or only from orthogonalize.
+# Whatever is not listed must be exact; wrong without an error is never a verdict.
+NEAR = set(
+    "afmoe axk1 beam bloom exaone4 flex_olmo gemma2 gemma2-untied gemma3_text gemma4_text gemma4_text-moe "
+    "gemma4_unified_text glm4 hyperclovax kolibri1 lfm3 modernbert-decoder nanochat olmo2 olmo3 olmo_hybrid".split()
+)
+REFUSED = {
+    name: reason
+    for reason, names in {
+        "the positions are fixed waves that no module learns": "ctrl xglm",
+        "the stream is scaled or normed itself, not only added to": "bloom-residual-after-norm doge minimax openai-gpt opt-norm-after "
+        "opt-projected rwkv zaya",
+        "several streams, mixed between the blocks": "deepseek_v4 gemma3n_text hy_v4 inkling2_text qwen4_exp_text reformer",
+        "two stacks of blocks, run in a loop": "hrm_text",
+        "a bias is added by the block itself": "gpt_neox_japanese",
+        "weights only: a writer that mixes the channels it is given": "inkling_text longcat_flash",
+    }.items()
+    for name in names.split()
+}
+DOZEN = "llama qwen2-tied gpt2 gptj gemma2 mixtral gpt_oss bloom opt olmo2 falcon cohere phi qwen3_next zaya".split()
+
+# One table of sizes serves all families: whatever name a configuration has for a thing gets that thing's tiny value.
+VOCAB, D = 120, 48
+SIZES = {
+    name: value
+    for names, value in {
+        "vocab_size vocab_size_per_layer_input": VOCAB,
+        "hidden_size n_embd d_model embedding_dim word_embed_proj_dim lru_width": D,
+        "intermediate_size n_inner ffn_dim ffn_hidden_size dff intermediate_size_mlp": 80,
+        "prefix_dense_intermediate_size dense_intermediate_size feed_forward_size": 80,
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size": 40,
+        "moe_shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size": 40,
+        "num_hidden_layers n_layer n_layers num_layers num_blocks": 3,
+        "num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads": 4,
+        "num_key_value_heads num_kv_heads swa_num_key_value_heads": 2,
+        "head_dim kv_channels swa_head_dim": 16,  # 4 heads of 16: not the hidden size
+        "max_position_embeddings n_positions n_ctx max_seq_len context_length": 128,
+        "sliding_window sliding_window_size attention_window_size local_attention attention_chunk_size window_size": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        # mixtures of experts
+        "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
+        "num_experts_per_tok moe_topk moe_k top_k_experts n_group": 2,
+        "num_shared_experts n_shared_experts moe_num_shared_experts topk_group": 1,
+        "first_k_dense_replace num_dense_layers": 1,
+        # latent attention and its indexer
+        "q_lora_rank o_lora_rank": 20,
+        "kv_lora_rank index_topk": 24,
+        "qk_rope_head_dim rotary_dim": 8,
+        "qk_nope_head_dim index_head_dim indexer_head_dim index_block_size": 16,
+        "v_head_dim linear_value_head_dim": 12,
+        "index_n_heads index_topk_blocks": 2,
+        # side inputs, state spaces and linear attention
+        "hidden_size_per_layer_input laurel_rank hc_lowrank gated_norm_rank": 8,
+        "mamba_d_state state_size ssm_state_size": 8,
+        "mamba_n_heads mamba_num_heads n_mamba_heads linear_num_heads linear_num_value_heads": 4,
+        "linear_num_key_heads mamba_n_groups n_groups mamba_ngroups": 2,
+        "mamba_d_head mamba_head_dim": 24,
+        "linear_head_dim linear_key_head_dim mamba_chunk_size chunk_size": 16,
+        "mamba_dt_rank time_step_rank": 3,
+        # scales, away from the 1 at which forgetting them goes unnoticed
+        "query_pre_attn_scalar": 12,
+        "embedding_multiplier embedding_scale": 3.0,
+        "residual_multiplier logit_scale lm_head_multiplier key_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling logits_mup_width_multiplier": 1.5,
+        "attention_in_multiplier attention_out_multiplier ssm_in_multiplier ssm_out_multiplier": 0.8,
+    }.items()
+    for name in names.split()
+}
+SWA, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+FAMILY = {  # what a family needs beyond that
+    "bamba": dict(attn_layer_indices=[1]),
+    "cohere_compass_text": dict(
+        layer_types=[SWA, FULL, SWA], rope_parameters=dict.fromkeys([SWA, FULL], ROPE | {"mrope_section": [4, 2, 2]})
+    ),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
+        ffn_config=dict(hidden_size=D, ffn_hidden_size=80, moe_num_experts=4, moe_top_k=2),
+    ),
+    "dots1": dict(layer_types=[SWA, FULL, SWA]),
+    "dots3_note_text": dict(head_dim=24, swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=20, swa_kv_lora_rank=24)
+    | dict(swa_head_dim=24, swa_qk_nope_head_dim=16, swa_v_head_dim=12),
+    "falcon_h1": dict(mamba_d_ssm=96, mlp_multipliers=[0.8, 1.3], ssm_multipliers=[0.8, 1.2, 0.9, 1.1, 0.7]),
+    "gemma3n_text": dict(num_hidden_layers=4, num_kv_shared_layers=2),
+    "gemma4_text": dict(layer_types=[SWA, FULL, FULL]),
+    "gemma4_unified_text": dict(layer_types=[SWA, FULL, FULL]),
+    "glm4_moe": dict(head_dim=16),
+    "gpt_neo": dict(attention_types=[[["global", "local", "global"], 1]]),
+    "gpt_oss": dict(intermediate_size=D),  # square experts, as released
+    "granitemoehybrid": dict(layer_types=[LINEAR, FULL, LINEAR]),
+    "helium": dict(head_dim=12),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "laguna": dict(layer_types=[FULL, SWA, FULL], num_attention_heads_per_layer=[4, 6, 4]),
+    "lfm2": dict(layer_types=["conv", FULL, "conv"], block_multiple_of=8),
+    "lfm2_moe": dict(layer_types=["conv", FULL, "conv"]),
+    "longcat_flash": dict(zero_expert_num=2, head_dim=8),
+    "mamba2": dict(head_dim=24),
+    "mellum": dict(layer_types=[FULL, SWA, FULL], mlp_layer_types=["dense", "sparse", "sparse"]),
+    "minimax_m3_vl_text": dict(layer_types=[FULL, "minimax_m3_sparse", FULL], mlp_layer_types=["dense", "sparse", "sparse"]),
+    "minicpm3": dict(scale_emb=3, dim_model_base=32),
+    "ministral": dict(layer_types=[SWA, FULL, SWA]),
+    "nemotron_h": dict(layers_block_type=[LINEAR, "moe", FULL, "mlp"]),
+    "qwen3_moe": dict(head_dim=16),
+    "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_budget=64, indexer_compress_ratio=4),
+    "reformer": dict(is_decoder=True, axial_pos_embds=False, attn_layers=["local", "lsh", "local"], hash_seed=0),
+    "stablelm": dict(rope_parameters=ROPE | {"partial_rotary_factor": 0.5}),
+    "xlstm": dict(hidden_size=128, embedding_dim=128),
+    "youtu": dict(pad_token_id=None),  # its loader would set the row of a padding token to zero
+    "zamba": dict(layers_block_type=["hybrid", LINEAR, "hybrid"]),
+    "zamba2": dict(layers_block_type=["hybrid", LINEAR, "hybrid"]),
+    "zaya": dict(num_experts_per_tok=1),
+}
+TIED, UNTIED = dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)
+VARIANTS = {
+    "bloom-residual-after-norm": dict(apply_residual_connection_post_layernorm=True),
+    "cohere-qk-norm": dict(use_qk_norm=True),
+    "deepseek_v3-no-q-lora": dict(q_lora_rank=None),
+    "falcon-alibi-sequential": dict(alibi=True, parallel_attn=False, bias=True),
+    "falcon-multi-head": dict(multi_query=False, num_kv_heads=4),
+    "falcon-new": dict(new_decoder_architecture=True),
+    "falcon-new-one-norm": dict(new_decoder_architecture=True, num_ln_in_parallel_attn=1),
+    "gemma4_text-moe": dict(enable_moe_block=True, num_experts=4, top_k_experts=2),
+    "gpt_neox-sequential": dict(use_parallel_residual=False),
+    "llama-biased": dict(attention_bias=True, mlp_bias=True),
+    "mpt-biased": dict(no_bias=False),
+    "olmo-clipped": dict(clip_qkv=0.5),
+    "opt-norm-after": dict(do_layer_norm_before=False),
+    "opt-projected": dict(do_layer_norm_before=False, word_embed_proj_dim=32),
+    "opt-projected-before": dict(word_embed_proj_dim=32),
+    "phi-qk-norm": dict(qk_layernorm=True),
+    "qwen2-sliding": dict(layer_types=[FULL, SWA, FULL], use_sliding_window=True),
+    "qwen2_moe-mixed": dict(mlp_only_layers=[0]),
+    "qwen3_moe-mixed": dict(mlp_only_layers=[0]),
+    "stablelm-parallel": dict(use_parallel_residual=True),
+    "stablelm-qk-norm": dict(qk_layernorm=True, use_qkv_bias=True),
+    **{f"{name}-tied": TIED for name in "gpt_neox gptj granite llama phi qwen2 qwen3".split()},
+    **{f"{name}-untied": UNTIED for name in "cohere gemma gemma2 gpt2 opt smollm3 starcoder2".split()},
+}
+SKIP = set(  # encoders; seers of the tokens to their right; halves; audio, images or bytes; wrappers of a *_text; assistants
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta roberta-prelayernorm roc_bert "
+    "roformer xlm xlm-roberta xlm-roberta-xl xmod cpmant xlnet bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp "
+    "pegasus plbart prophetnet trocr whisper moss_transcribe_diarize musicgen musicgen_melody fuyu git got_ocr2 dots3_note gemma3 gemma3n "
+    "gemma4 gemma4_unified llama4 qwen3_5 qwen3_5_moe qwen4_exp phi4_multimodal blt gemma4_assistant gemma4_unified_assistant".split()
+)
+NAMES = [name for name in CAUSAL_LMS if name not in SKIP] + list(VARIANTS)
+
+
+def tiny_of(name):
+    """A tiny random float32 model of this family or variant, the same at every call; KeyError if transformers has no such family."""
+    family = name if name in CAUSAL_LMS else name.partition("-")[0]
+    cls = transformers.CONFIG_MAPPING[family]
+    cls = cls.sub_configs.get("text_config", cls)
+    default, given = cls(), FAMILY.get(family, {}) | VARIANTS.get(name, {})
+    sizes = {key: value for key, value in SIZES.items() if key in cls.__dataclass_fields__}
+    if "kv_lora_rank" in sizes:  # latent attention has a key and a value for every head
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    for key, value in vars(default).items():  # a list with an entry a layer goes through all its kinds of layer
+        if isinstance(value, (list, tuple)) and len(value) == default.num_hidden_layers and key in cls.__dataclass_fields__.keys() - SIZES:
+            kinds = list(dict.fromkeys(value))
+            sizes[key] = [kinds[i % len(kinds)] for i in range(given.get("num_hidden_layers", 3))]
+    torch.manual_seed(0)
+    model = getattr(transformers, CAUSAL_LMS[family])(cls(**sizes | given))
+    with torch.no_grad():
+        randomise(model)
+    return model.float().eval().requires_grad_(False)
+
+
+def randomise(model):
+    """No parameter is left at zero or one, and every layer adds about as much to the stream as is there."""
+    for path, p in model.named_parameters():  # a tied parameter comes once, as the embedding
+        module, noise = model.get_submodule(path.rpartition(".")[0]), torch.randn_like(p)
+        if re.search(r"A_log|\.D$|dt_|time_", path):  # parameters of state spaces, which take little change
+            p.add_(0.1 * noise)
+        elif "bias" in path.rpartition(".")[2]:
+            p.copy_(0.1 * noise)
+        elif p.ndim < 2 or "norm" in type(module).__name__.lower():
+            p.add_(0.3 * noise)
+        else:
+            p.copy_((0.4 if isinstance(module, torch.nn.Embedding) else 0.15) * noise)
+    for path, buffer in model.state_dict().items():
+        if re.search(r"(correction|expert)_bias$|balancing_biases$|layer_scalar$", path):  # learned, yet kept as buffers
+            buffer.add_(0.1 * torch.randn_like(buffer))
+
+
+class Sums(TorchDispatchMode):
+    """Follows the residual stream through a forward pass and finds the most of r in it, at any sum: `left`, max |x.r|/|x|.
+
+    It knows no modules and no writers, only memory: what enters block 0 is the stream; so is every view, cast or scaled copy
+    of it, and everything that is added to it.  What enters a later block must have been reached in this way.
+    """
+
+    SAME = {"_to_copy", "clone", "copy_", "add", "add_", "mul", "mul_", "div", "div_"}
+
+    def __init__(self, model, r):
+        super().__init__()
+        self.model, self.r, self.left, self.sums, self.memory = model, r, 0.0, 0, {}
+
+    def follow(self, x):
+        self.memory[x.untyped_storage().data_ptr()] = x  # kept, so that the address is not used again
+        self.left = max(self.left, ((x.float() @ self.r).abs() / x.float().norm(dim=-1)).max().item())
+
+    def follows(self, x):
+        return isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self.memory
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in self.SAME and any(map(self.follows, args)) and out.shape[-1:] == self.r.shape:
+            scaled = name[:3] in ("mul", "div")
+            if not scaled or any(not isinstance(x, torch.Tensor) or x.numel() == 1 for x in args):
+                self.follow(out)
+                self.sums += name.startswith("add")
+        return out
+
+    def see(self, layer, x):
+        assert layer == 0 or self.follows(x), f"what enters block {layer} is not a sum that holds the stream"
+        self.follow(x)
+
+    def run(self, *inputs):
+        with R.reading(self.model, self.see):
+            for ids in inputs:
+                with self:
+                    self.model(ids)
+        assert self.sums >= len(inputs) * len(R.blocks(self.model)), "some block added nothing"
+        return self.left
+
+
+def apart(a, b):
+    """How far apart two lists of logits are: the greatest difference, relative to the greatest logit (where that is above 1)."""
+    return max((x - y).abs().max().item() / max(1, y.abs().max().item()) for x, y in zip(a, b))
+
+
+def gap(a, b):
+    """The typical relative distance of logits: the median over tokens (one token that goes to another expert says little)."""
+    return torch.cat([((x - y).norm(dim=-1) / y.norm(dim=-1)).flatten() for x, y in zip(a, b)]).median().item()
+
+
+def project_plainly(before, after, r):
+    """The baseline for models whose norms write: W - r r^T W, with r alone, along the axis that was edited."""
+    for axis in range(before.ndim):
+        if before.shape[axis] == len(r):
+            rows = (after - before).movedim(axis, -1).reshape(-1, len(r))  # all multiples of one vector, if this is the axis
+            one = R.unit(rows[rows.norm(dim=1).argmax()])
+            if (rows - (rows @ one)[:, None] * one).norm() < 1e-2 * rows.norm():
+                return R.project_out(before.movedim(axis, -1), r).movedim(-1, axis)
+    raise AssertionError("the change to a weight is not of the form w (u^T W)")
+
+
+@torch.no_grad()
+def prove(model, seed=0):
+    """Every claim of sections 5 and 8, for one model: AssertionError, or its verdict, logit gap (and the baseline's) and a note."""
+    generator = torch.Generator().manual_seed(seed)
+    r = R.unit(torch.randn(model.config.get_text_config(decoder=True).hidden_size, generator=generator))
+    inputs = [torch.randint(3, 100, shape, generator=generator) for shape in ((2, 9), (1, 72))]  # 72: past a sliding window of 64
+    logits = lambda: [model(ids).logits for ids in inputs]
+    greedy = lambda cache: model.generate(inputs[1], max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache).tolist()
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
+    base, notes = logits(), []
+
+    # ablate: nothing of r in any sum, and nothing stays behind
+    try:
+        with R.ablate(model, 3 * r):
+            assert Sums(model, r).run(*inputs) < 1e-4, "ablate leaves r in the stream"
+            ablated = logits()
+            if greedy(True) != greedy(False):
+                notes.append("cached and uncached replies differ when ablated")
+            raise InterruptedError
+    except InterruptedError:
+        pass
+    except R.CannotDo as refusal:
+        assert same(logits(), base), "a refused ablation leaves something behind"
+        return SimpleNamespace(verdict="refused", gap=float("nan"), plain=float("nan"), note=str(refusal))
+    assert same(logits(), base), "ablate leaves something behind"
+    assert apart(ablated, base) > 1e-3, "ablate does nothing"
+    if notes:
+        assert greedy(True) != greedy(False), notes[0]
+        notes = ["cached and uncached replies differ without hooks, too"]
+
+    # add: exactly coefficient * vector, at its layer
+    def streams():
+        seen = {}
+        with R.reading(model, seen.__setitem__):
+            model(inputs[0])
+        return seen
+
+    before, n_layers = streams(), len(R.blocks(model))
+    for layer in {0, n_layers - 1}:
+        with R.add(model, 5 * r, layer, -0.3):
+            after = streams()
+        assert torch.equal(after[layer], before[layer] + -0.3 * (5 * r)), "add moves the stream by something else"
+        assert all(torch.equal(after[i], before[i]) for i in range(layer)), "add moves the stream before its layer"
+        assert not torch.equal(after[n_layers], before[n_layers]), "add does nothing"
+    assert same(logits(), base), "add leaves something behind"
+
+    # orthogonalize: the same function without hooks, only the listed weights edited, tied heads untied, on disk as in memory
+    old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        edited = R.orthogonalize(model, 3 * r)
+    except R.CannotDo as refusal:
+        return SimpleNamespace(verdict="refused", gap=float("nan"), plain=float("nan"), note=f"weights only: {refusal}")
+    assert Sums(model, r).run(*inputs) < 1e-4, "orthogonalize leaves r in the stream"
+    new = model.state_dict()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert new.keys() == old.keys() and set(edited) == changed, f"listed {edited}, changed {changed}"
+    orthogonal = logits()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype=torch.float32).eval()
+        assert apart([again(ids).logits for ids in inputs], orthogonal) < 1e-5, "the saved model is another one"
+        assert again.get_output_embeddings().weight is not again.get_input_embeddings().weight, "the saved head is tied again"
+    if apart(orthogonal, ablated) < 1e-4:
+        return SimpleNamespace(verdict="exact", gap=apart(orthogonal, ablated), plain=float("nan"), note="; ".join(notes))
+
+    # a norm writes: near, and much nearer than projecting with r alone (which is the same where the norm has no gain)
+    for name in edited:
+        new[name].copy_(project_plainly(old[name], new[name], r))
+    ours, plain = gap(orthogonal, ablated), gap(logits(), ablated)
+    assert ours < 0.05 and (ours < plain / 3 or math.isclose(ours, plain, rel_tol=1e-3)), f"orthogonalize is {ours:.3f} from ablate; r alone would be {plain:.3f}"
+    return SimpleNamespace(verdict="near", gap=ours, plain=plain, note="; ".join(notes))
+
+
+def expected(name):
+    return "near" if name in NEAR else "refused" if name in REFUSED else "exact"
+
+
+def pytest_generate_tests(metafunc):
+    if "architecture" in metafunc.fixturenames:
+        metafunc.parametrize("architecture", NAMES if "census" in metafunc.config.option.markexpr else DOZEN)
+
+
+@census_mark
+def test_architecture(architecture):
+    try:
+        model = tiny_of(architecture)
+    except KeyError:
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    result = prove(model)
+    assert result.verdict == expected(architecture), result
+
+
+def test_a_chat_model_inside_a_vision_model():
+    """Gemma 3 as it is released: the decoder is one part of a wrapper, whose other blocks come first and are as many."""
+    vision = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=tiny_of("gemma3_text").config.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+    with torch.no_grad():
+        randomise(model)
+    assert prove(model).verdict == "near"
+
+
+@pytest.mark.parametrize("name", "llama gpt2 mixtral gemma2 qwen2-tied".split())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_dtypes_pass_their_own_check(name, dtype):
+    """r goes as far as the rounding allows, and both check_erased calls agree."""
+    model, r = tiny_of(name).to(dtype), torch.randn(D, generator=torch.Generator().manual_seed(0))
+    with R.ablate(model, r):
+        pass
+    R.orthogonalize(model, r)
+
+
+def census(names=None):
+    """Print family | verdict | logit gap | note for every family (or those named); the exit status."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    started, count, wrong = time.time(), {}, 0
+    print(f"{'family':<28}{'verdict':<10}{'gap':<9}{'r alone':<9}note")
+    for name in names or NAMES:
+        try:
+            result = prove(tiny_of(name))
+        except Exception as error:
+            result = SimpleNamespace(verdict="WRONG", gap=float("nan"), plain=float("nan"), note=f"{type(error).__name__}: {error}")
+        odd = result.verdict != expected(name)
+        wrong += odd
+        count[result.verdict] = count.get(result.verdict, 0) + 1
+        numbers = "".join(f"{x:<9.1e}" if x < 1e-3 else f"{x:<9.3f}" if x == x else f"{'-':<9}" for x in (result.gap, result.plain))
+        print(f"{name:<28}{result.verdict:<10}{numbers}{f'EXPECTED {expected(name)}! ' * odd}{result.note}", flush=True)
+    print(", ".join(f"{n} {verdict}" for verdict, n in count.items()), f"in {time.time() - started:.0f} s")
+    return int(wrong > 0)
+
+
+# %% python test_refusal.py bench [--model FOLDER]: what it costs ---------------------------------------
+
+
+def timed(model, work):
+    """Run work(): seconds, prompts and tokens (padding too) that went through the first block, and the result."""
+    count = torch.zeros(2, dtype=torch.long)
+
+    def see(module, args):
+        count.add_(torch.tensor([args[0].shape[0], args[0].shape[0] * args[0].shape[1]]))
+
+    handle, start = R.blocks(model)[0].register_forward_pre_hook(see), time.perf_counter()
+    try:
+        result = work()
+    finally:
+        handle.remove()
+    return time.perf_counter() - start, *count.tolist(), result
+
+
+def ratio(slow, fast, around=nullcontext, times=5):
+    """Median seconds of each, run by turns, and the median ratio (drifts of the machine cancel).  slow() runs inside around()."""
+    pairs = []
+    for _ in range(times + 1):
+        with around():
+            start = time.perf_counter()
+            slow()
+            middle = time.perf_counter()
+        again = time.perf_counter()
+        fast()
+        pairs.append((middle - start, time.perf_counter() - again))
+    pairs = pairs[1:]  # the first round warms up
+    return statistics.median(s for s, _ in pairs), statistics.median(f for _, f in pairs), statistics.median(s / f for s, f in pairs)
+
+
+@contextmanager
+def peak_memory():
+    """A thread that reads this process's resident memory every 10 ms (Linux); yields [MiB above the start at the worst]."""
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    start, most, done = resident(), [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            most[0] = max(most[0], resident() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def bench_prompts(model, tokenizer):
+    """REFUSAL_REFERENCE/prompts.json, or of the project's own 40 + 8 of each kind whose score has the right sign."""
+    if os.environ.get("REFUSAL_REFERENCE"):
+        return json.loads((Path(os.environ["REFUSAL_REFERENCE"]) / "prompts.json").read_text())
+    chosen = {}
+    for kind, sign in (("harmful", 1), ("harmless", -1)):
+        prompts = R.split(R.load_prompts(R.PROMPTS / f"{kind}.txt"), 128, 32, 100)
+        for part, few, enough in (("train", prompts[0], 40), ("val", prompts[1], 8)):
+            scores = R.refusal_scores(model, tokenizer, few)
+            chosen[f"{kind}_{part}"] = [p for p, score in zip(few, scores) if sign * score > 0][:enough]
+    return chosen
+
+
+def bench(folder="tiny", sample=3):
+    """Print the cost of refusal.py's search beside that of the plain procedure, on the same prompts in the same run."""
+    model, tokenizer = R.load_model(folder)
+    data = bench_prompts(model, tokenizer)
+    train, val = [[data[f"{kind}_{part}"] for kind in ("harmful", "harmless")] for part in ("train", "val")]
+    print(f"{folder}: {torch.get_num_threads()} threads, {model.dtype}, train {len(train[0])} + {len(train[1])}, validation {len(val[0])} + {len(val[1])} prompts")
+
+    def ours():
+        with peak_memory() as most:
+            means = timed(model, lambda: [R.mean_activations(model, tokenizer, prompts) for prompts in train])
+            directions = R.refusal_directions(*means[3])
+            search = timed(model, lambda: R.select_direction(model, tokenizer, directions, *val))
+        return means, search, directions, most[0]
+
+    R.writers(model)  # found once a model
+    means, search, directions, most = ours()
+    everything = [(p, layer) for p in range(-len(directions), 0) for layer in range(directions.shape[1])]
+    if folder != "tiny":  # a sample spread over positions and layers; always with the winner
+        everything, whole = everything[len(everything) // (2 * sample) :: len(everything) // sample][:sample], len(everything)
+    else:
+        whole = len(everything)
+    plain_m = timed(model, lambda: [plain_means(model, tokenizer, prompts, 32) for prompts in train])
+    base = timed(model, lambda: plain_logits(model, tokenizer, val[1]))
+    plain_s = timed(model, lambda: plain_select(model, tokenizer, directions, *val, only=everything))
+    times = whole / len(everything)  # the sweeps grow with the candidates, the baseline does not
+    plain_all = [a + b + (s - b) * times for a, b, s in zip(plain_m[:3], base[:3], plain_s[:3])]
+    ours_all = [a + b for a, b in zip(means[:3], search[:3])]
+    measured = int(search[3].scores["bypass"].isfinite().sum())
+    print(f"plain: means measured; sweeps measured on {len(everything)} of {whole} candidates" + (", extrapolated to all" if times > 1 else ""))
+    print(f"{'':<24}{'seconds':>10}{'prompt-forwards':>18}{'tokens':>10}   (attribution's backward pass is in the seconds only)")
+    for name, row in (("plain means", plain_m), ("plain, all", plain_all), ("mean_activations", means), ("select_direction", search), ("refusal.py, all", ours_all)):
+        print(f"{name:<24}{row[0]:>10.1f}{row[1]:>18.0f}{row[2]:>10.0f}")
+    print(f"{'plain / refusal.py':<24}" + "".join(f"{a / b:>{w - 1}.1f}x" for a, b, w in zip(plain_all, ours_all, (10, 18, 10))))
+    print(f"search: {measured} candidates measured; winner position {search[3].position}, layer {search[3].layer}, relaxed: {search[3].relaxed}")
+    for at in everything:  # the sample was measured by both only if it reached a full evaluation
+        for name, plain in zip(("bypass", "kl", "induce"), plain_s[3]):
+            if search[3].scores[name][at].isfinite():
+                print(f"  {at} {name}: {search[3].scores[name][at]:.4f} and plain {plain[at]:.4f}")
+    print(f"peak memory above the loaded model: {most:.0f} MiB (a thread reading the resident size every 10 ms)")
+
+    batch = R.forward_arguments(model, R.tokenize(tokenizer, val[0]))
+    bare = torch.no_grad()(lambda: model.base_model(**batch, use_cache=False))
+    line = "{:<44}{:.3f} s, bare base_model forward {:.3f} s: {:.2f}x (medians of 5 turns)"
+    print(line.format("mean_activations, with tokenizing", *ratio(lambda: R.mean_activations(model, tokenizer, val[0]), bare)))
+    around = lambda: R.ablate(model, search[3].vector)
+    print(line.format("ablated forward", *ratio(bare, bare, around)))
+
+    def enter():
+        with around():
+            bare()
+
+    print(line.format("ablated forward, with ablate()'s probe", *ratio(enter, bare)))
+    bench_growth(train)
+
+
+def bench_growth(train):
+    """How the cost grows when the prompts or the layers double: random Llamas, early stop after 2 candidates."""
+    tokenizer = R.tiny_tokenizer([*train[0], *train[1]])
+    for n_layers, n_prompts in ((4, 8), (4, 16), (8, 8)):
+        config = R.LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=n_layers, num_attention_heads=4)
+        torch.manual_seed(0)
+        model = R.LlamaForCausalLM(config).eval().requires_grad_(False)
+        few = [prompts[:n_prompts] for prompts in train]
+        R.writers(model)
+        means = timed(model, lambda: [R.mean_activations(model, tokenizer, prompts) for prompts in few])
+        search = timed(model, lambda: R.select_direction(model, tokenizer, means[3][0] - means[3][1], *few, patience=2))
+        print(f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} prompt-forwards; search {search[0]:.2f} s, {search[1]} prompt-forwards")
+
+
+if __name__ == "__main__":
+    tool, *rest = [*sys.argv[1:], ""]
+    if tool == "census":
+        sys.exit(census())
+    if tool == "bench":
+        sys.exit(bench(rest[1] if rest[0] == "--model" else "tiny"))
+    sys.exit("usage: python test_refusal.py census | bench [--model FOLDER]")
