@@ -536,6 +536,10 @@ def test_docstring_examples():
     assert doctest.testmod(R).failed == 0
 
 
+# needs: json, os, statistics, sys, threading, time, contextmanager + nullcontext, Path, SimpleNamespace, pytest, torch, refusal as R
+# at the end of the file:   if __name__ == "__main__" and sys.argv[1:2] == ["bench"]: bench(*sys.argv[3:4])     (bench --model FOLDER)
+# and the mark: pytest.ini or conftest-free: pytest_configure is not read from a test module, so add `markers = real: ...` or drop the mark
+
 # %% The search: the plain definitions, and refusal.py against them ------------------------------------
 #
 # The oracle does what the paper says in the plainest way and in the authors' manner: every candidate, three
@@ -1139,6 +1143,10 @@ def project_plainly(before, after, r):
     raise AssertionError("the change to a weight is not of the form w (u^T W)")
 
 
+def verdict(verdict, gap=math.nan, plain=math.nan, note=""):
+    return SimpleNamespace(verdict=verdict, gap=gap, plain=plain, note=str(note))
+
+
 @torch.no_grad()
 def prove(model, seed=0):
     """Every claim of sections 5 and 8, for one model: AssertionError, or its verdict, logit gap (and the baseline's) and a note."""
@@ -1162,7 +1170,7 @@ def prove(model, seed=0):
         pass
     except R.CannotDo as refusal:
         assert same(logits(), base), "a refused ablation leaves something behind"
-        return SimpleNamespace(verdict="refused", gap=float("nan"), plain=float("nan"), note=str(refusal))
+        return verdict("refused", note=refusal)
     assert same(logits(), base), "ablate leaves something behind"
     assert apart(ablated, base) > 1e-3, "ablate does nothing"
     if notes:
@@ -1190,7 +1198,7 @@ def prove(model, seed=0):
     try:
         edited = R.orthogonalize(model, 3 * r)
     except R.CannotDo as refusal:
-        return SimpleNamespace(verdict="refused", gap=float("nan"), plain=float("nan"), note=f"weights only: {refusal}")
+        return verdict("refused", note=f"weights only: {refusal}")
     assert Sums(model, r).run(*inputs) < 1e-4, "orthogonalize leaves r in the stream"
     new = model.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -1202,14 +1210,14 @@ def prove(model, seed=0):
         assert apart([again(ids).logits for ids in inputs], orthogonal) < 1e-5, "the saved model is another one"
         assert again.get_output_embeddings().weight is not again.get_input_embeddings().weight, "the saved head is tied again"
     if apart(orthogonal, ablated) < 1e-4:
-        return SimpleNamespace(verdict="exact", gap=apart(orthogonal, ablated), plain=float("nan"), note="; ".join(notes))
+        return verdict("exact", apart(orthogonal, ablated), note="; ".join(notes))
 
     # a norm writes: near, and much nearer than projecting with r alone (which is the same where the norm has no gain)
     for name in edited:
         new[name].copy_(project_plainly(old[name], new[name], r))
     ours, plain = gap(orthogonal, ablated), gap(logits(), ablated)
     assert ours < 0.05 and (ours < plain / 3 or math.isclose(ours, plain, rel_tol=1e-3)), f"orthogonalize is {ours:.3f} from ablate; r alone would be {plain:.3f}"
-    return SimpleNamespace(verdict="near", gap=ours, plain=plain, note="; ".join(notes))
+    return verdict("near", ours, plain, "; ".join(notes))
 
 
 def expected(name):
@@ -1229,6 +1237,8 @@ def test_architecture(architecture):
         pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
     result = prove(model)
     assert result.verdict == expected(architecture), result
+    if result.verdict == "refused":  # in one sentence that says where
+        assert re.search("block|embeddings|writes to the stream", result.note) and "\n" not in result.note, result.note
 
 
 def test_a_chat_model_inside_a_vision_model():
@@ -1262,7 +1272,7 @@ def census(names=None):
         try:
             result = prove(tiny_of(name))
         except Exception as error:
-            result = SimpleNamespace(verdict="WRONG", gap=float("nan"), plain=float("nan"), note=f"{type(error).__name__}: {error}")
+            result = verdict("WRONG", note=f"{type(error).__name__}: {error}")
         odd = result.verdict != expected(name)
         wrong += odd
         count[result.verdict] = count.get(result.verdict, 0) + 1
@@ -1276,7 +1286,7 @@ def census(names=None):
 
 
 def timed(model, work):
-    """Run work(): seconds, prompts and tokens (padding too) that went through the first block, and the result."""
+    """Run work(): seconds, prompts and tokens (padding and probes too) that entered the first block, and the result."""
     count = torch.zeros(2, dtype=torch.long)
 
     def see(module, args):
@@ -1354,10 +1364,9 @@ def bench(folder="tiny", sample=3):
     R.writers(model)  # found once a model
     means, search, directions, most = ours()
     everything = [(p, layer) for p in range(-len(directions), 0) for layer in range(directions.shape[1])]
-    if folder != "tiny":  # a sample spread over positions and layers; always with the winner
-        everything, whole = everything[len(everything) // (2 * sample) :: len(everything) // sample][:sample], len(everything)
-    else:
-        whole = len(everything)
+    whole, best = len(everything), (search[3].position, search[3].layer)
+    if folder != "tiny":  # the winner, and a sample spread over positions and layers
+        everything = [best, *everything[whole // (2 * sample) :: whole // sample][:sample]]
     plain_m = timed(model, lambda: [plain_means(model, tokenizer, prompts, 32) for prompts in train])
     base = timed(model, lambda: plain_logits(model, tokenizer, val[1]))
     plain_s = timed(model, lambda: plain_select(model, tokenizer, directions, *val, only=everything))
