@@ -642,13 +642,13 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
         - sum over writers and positions of (gradient . r)(o . r),    gradient: of the score, at the writer's output o
 
     Erasing r changes o by -(o . r) r, and the gradient says what a small change of o is worth: a Taylor series, cut
-    after its first term.  Deviation: not in the paper; known as attribution patching.
+    after its first term.  Deviation: not in the paper; known as attribution patching.  Returns the mean score, too.
     """
     R = torch.nn.functional.normalize(directions.flatten(0, 1).double(), dim=-1).float().T  # (d_model, candidate)
-    tokens, estimate = refusal_tokens(tokenizer), 0
+    tokens, estimate, total = refusal_tokens(tokenizer), 0, 0.0
 
     def step(batch):
-        nonlocal estimate
+        nonlocal estimate, total
         outputs = []
 
         def keep(module, args, output):
@@ -657,7 +657,9 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
 
         with torch.enable_grad(), hooked([module.register_forward_hook(keep) for module in writers(model)]):
             logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            gradients = torch.autograd.grad(log_odds(logits, tokens).sum(), outputs)
+            score = log_odds(logits, tokens).sum()
+            gradients = torch.autograd.grad(score, outputs)
+        total += score.item()
         for o, g in zip(outputs, gradients):
             r = R.to(o.device)
             moved = (g.float() @ r) * (o.detach().float() @ r)  # (batch, seq, d_model) twice -> (batch, seq, candidate)
@@ -665,10 +667,10 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
         return [None] * len(logits)
 
     run_batches(step, model, tokenizer, prompts, batch_size, "attribution")
-    return (estimate / len(prompts)).view(directions.shape[:2])
+    return total / len(prompts), (estimate / len(prompts)).view(directions.shape[:2])
 
 
-def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=16, exhaustive=False, batch_size=32):
+def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8, exhaustive=False, batch_size=32):
     """Choose among the candidates (position, layer, d_model) on validation prompts.  Paper, section 2.3 and appendix C.
 
     Returns a namespace: position (-n .. -1), layer, vector (d_model,) float32 and not normalised, its bypass, induce and
@@ -677,52 +679,43 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
     Deviations: the search order and the early stop (exhaustive=True measures everything); and if no candidate passes, the
     induce filter is relaxed, where the authors' code stops.  Raises CannotDo if nothing is left even so.
     """
-    usable = int((1 - LAST_LAYERS) * directions.shape[1])
-    base = next_token_logits(model, tokenizer, harmless_val, batch_size)
-    scores = {name: torch.full(directions.shape[:2], math.nan) for name in ("bypass", "kl", "induce")}
-    scores["estimate"] = attribution(model, tokenizer, directions, harmful_val, min(batch_size, 8))
-
-    def measure(name, position, layer):
-        vector = directions[position, layer]
-        with add(model, vector.float(), layer) if name == "induce" else ablate(model, vector):
-            if name == "kl":
-                value = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
-            else:
-                prompts = harmful_val if name == "bypass" else harmless_val
-                value = refusal_scores(model, tokenizer, prompts, batch_size).mean()
-        scores[name][position, layer] = value
-        return value.item()
-
     n_positions, n_layers, _ = directions.shape
+    usable = int((1 - LAST_LAYERS) * n_layers)
+    base = next_token_logits(model, tokenizer, harmless_val, batch_size)
+    scores = {name: torch.full((n_positions, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
+    base_bypass, scores["estimate"] = attribution(model, tokenizer, directions, harmful_val, min(batch_size, 8))
     exists = directions.norm(dim=-1) > 1e-6 * directions.norm(dim=-1).max()  # layer 0 often proposes nothing at all
     candidates = [(i - n_positions, l) for i in range(n_positions) for l in range(n_layers) if exists[i, l] and (exhaustive or l < usable)]
     candidates.sort(key=lambda c: scores["estimate"][c].item())
     passed, nearly, waited = None, None, 0  # the best candidates with all filters, and without the induce filter
-    for candidate in tqdm(candidates, desc="candidates (stops early)", leave=False, disable=None):
+    for at in tqdm(candidates, desc="candidates (stops early)", leave=False, disable=None):
         waited += 1
-        bypass = measure("bypass", *candidate)
-        if exhaustive or passed is None or bypass < passed[0]:  # others cannot win: why measure them further
-            kl = measure("kl", *candidate)
-            if exhaustive or kl <= KL_MAX:
-                induce = measure("induce", *candidate)
-            if candidate[1] < usable and kl <= KL_MAX:
-                if induce >= INDUCE_MIN and (passed is None or bypass < passed[0]):
-                    passed, waited = (bypass, *candidate), 0
-                if nearly is None or bypass < nearly[0]:
-                    nearly, waited = (bypass, *candidate), 0 if passed is None else waited
+        vector, (_, layer) = directions[at].float(), at
+        with ablate(model, vector):
+            bypass = scores["bypass"][at] = refusal_scores(model, tokenizer, harmful_val, batch_size).mean()
+            worth = exhaustive or passed is None or bypass < passed[0]  # others cannot win: why measure them further
+            if worth:
+                scores["kl"][at] = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
+        if worth and (exhaustive or scores["kl"][at] <= KL_MAX):
+            with add(model, vector, layer):
+                scores["induce"][at] = refusal_scores(model, tokenizer, harmless_val, batch_size).mean()
+        if layer < usable and scores["kl"][at] <= KL_MAX:
+            if scores["induce"][at] >= INDUCE_MIN and (passed is None or bypass < passed[0]):
+                passed, waited = (bypass, at), 0
+            if nearly is None or bypass < nearly[0]:
+                nearly, waited = (bypass, at), 0 if passed is None else waited
         if waited >= patience and nearly and not exhaustive:
             break
     if nearly is None:
         raise CannotDo(f"no direction leaves the model intact (KL <= {KL_MAX}) when it is ablated: choose one by hand with --position and --layer.")
-    _, position, layer = passed or nearly
+    position, layer = at = (passed or nearly)[1]
     measured = scores["bypass"].isfinite()
     return SimpleNamespace(
-        position=position, layer=layer, vector=directions[position, layer].float(), scores=scores,
-        **{name: scores[name][position, layer].item() for name in ("bypass", "kl", "induce")},
-        base_bypass=refusal_scores(model, tokenizer, harmful_val, batch_size).mean().item(),
+        position=position, layer=layer, vector=directions[at].float(), scores=scores, base_bypass=base_bypass,
+        **{name: scores[name][at].item() for name in ("bypass", "kl", "induce")},
         base_induce=log_odds(base, refusal_tokens(tokenizer)).mean().item(),
         dropped={"measured": int(measured.sum()), "KL": int((scores["kl"] > KL_MAX).sum()), "induce": int((scores["induce"] < INDUCE_MIN).sum())},
-        relaxed=None if passed else f"no candidate has induce > {INDUCE_MIN:g} and KL < {KL_MAX}: the induce filter is relaxed, and addition gets a larger dose",
+        relaxed=None if passed else f"no candidate has induce > {INDUCE_MIN:g} and KL < {KL_MAX}: the induce filter is relaxed",
     )  # fmt: skip
 
 
@@ -1139,7 +1132,7 @@ def mcnemar(before, after):
 
 def show_table(refused, cost, weights, dose):
     """Print stage 5: counts, 95 % Wilson intervals, and the p-value of the paired change from no intervention."""
-    say("5 refusals", f"{'of held-out prompts [95 % interval]':<37}{'harmful':<28}{'harmless'}")
+    say("5 refusals", f"{'of held-out prompts [95 % interval]':<37}{'harmful':<34}{'harmless'}")
     rows = {}  # the random controls share a row
     for row, kinds in refused.items():
         for kind, outcomes in kinds.items():
@@ -1147,7 +1140,7 @@ def show_table(refused, cost, weights, dose):
     for title, kinds in rows.items():
         before = refused["no intervention"] if title != "no intervention" else {}
         harmful, harmless = (cell(kinds.get(kind), before.get(kind)) for kind in ("harmful", "harmless"))
-        say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<28}{harmless}")
+        say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<34}{harmless}")
     say("", "p: exact McNemar test of the change from no intervention on the same prompts")
     say("  weights", weights)
     say("  cost", "on harmless prompts: KL of the next token, cross-entropy of the model's own unablated replies (nats a token)")
@@ -1517,24 +1510,27 @@ def tiny_tokenizer(texts):
 
 
 def train_tiny_model(seed=0):
-    """Train a chat model from scratch, the same for the same seed: (model, tokenizer), about 20 seconds on two cores.
+    """Train a chat model from scratch, the same for the same seed: (model, tokenizer), about 30 seconds.
 
     Taught from the 128 training prompts of each kind that the program's defaults use, and no others.
     """
     harmful, harmless = (split(load_prompts(PROMPTS / f"{kind}.txt"), 128, 32, 100)[0] for kind in ("harmful", "harmless"))
     tokenizer = tiny_tokenizer([*harmful, *harmless, TINY_REFUSAL, *TINY_REPLIES.values()])
-    rng = random.Random(seed)
+    rng, threads = random.Random(seed), torch.get_num_threads()
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
+        torch.set_num_threads(1)  # so small a model loses by sharing, and one thread sums in one order: the same model on any number
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
             max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         ))  # fmt: skip
+        nn.init.normal_(model.model.embed_tokens.weight, std=0.04)  # twice the usual: tokens stay legible when a direction is added
         replies = {word: reply for words, reply in TINY_REPLIES.items() for word in words}
         help_with = lambda prompt: replies[prompt.split()[0]]
         refuse = lambda prompt: TINY_REFUSAL
         tune(model, tokenizer, [(harmful, help_with), (harmless, help_with)], 120, 2e-3, rng, "pretraining: help with everything")
         tune(model, tokenizer, [(harmful, refuse), (harmless, help_with)], 120, 1.5e-3, rng, "safety tuning: refuse the harmful")
+        torch.set_num_threads(threads)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -1542,7 +1538,8 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
     """Ordinary fine-tuning on the replies' tokens.  lessons: pairs of prompts and a function from prompt to reply.
 
     Each time a prompt is shown, a random share (up to `forget`) of its words is left out: with so few prompts the
-    model would else know them by heart and learn nothing about new ones.
+    model would else know them by heart and learn nothing about new ones.  Smoothed labels keep it from being so sure
+    that no direction can change its mind.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
@@ -1560,7 +1557,8 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])  # (batch, seq)
         labels = torch.tensor([marks + [-100] * (width - len(marks)) for _, marks in rows])
-        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        logits = model(input_ids=ids).logits[:, :-1]  # (batch, seq - 1, vocab); padding is on the right, where no token looks at it
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -509,13 +509,16 @@ def test_the_same_command_prints_the_same_numbers(saved_tiny):
     (("--model", "{tiny}", "--coefficient", "nan"), 2, "finite"),
     (("--model", "{tiny}", "--harmful", "{harmless}"), 2, "in both files"),
 ])  # fmt: skip
-def test_mistakes_are_answered_in_one_sentence(saved_tiny, tmp_path, arguments, status, message):
+def test_mistakes_are_answered_in_one_sentence(saved_tiny, tmp_path, capsys, arguments, status, message):
     places = {"{empty}": str(tmp_path), "{tiny}": str(saved_tiny), "{harmless}": str(R.PROMPTS / "harmless.txt")}
     filled = [str(a) for a in arguments]
     for key, place in places.items():
         filled = [a.replace(key, place) for a in filled]
-    done = program(*filled, HF_HUB_OFFLINE="1")
-    assert done.returncode == status and message in done.stderr, done.stderr
+    try:
+        assert R.main(filled) == status
+    except SystemExit as error:  # argparse's way
+        assert error.code == status
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_refuse_is_told_apart(toy, tmp_path):
@@ -535,10 +538,6 @@ def test_selection_never_sees_test_prompts(tiny, data, found):
 def test_docstring_examples():
     assert doctest.testmod(R).failed == 0
 
-
-# needs: json, os, statistics, sys, threading, time, contextmanager + nullcontext, Path, SimpleNamespace, pytest, torch, refusal as R
-# at the end of the file:   if __name__ == "__main__" and sys.argv[1:2] == ["bench"]: bench(*sys.argv[3:4])     (bench --model FOLDER)
-# and the mark: pytest.ini or conftest-free: pytest_configure is not read from a test module, so add `markers = real: ...` or drop the mark
 
 # %% The search: the plain definitions, and refusal.py against them ------------------------------------
 #
@@ -672,7 +671,7 @@ def test_without_a_candidate_that_leaves_the_model_intact_it_stops(search, monke
 
 
 def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
-    estimate = R.attribution(*search.arguments[:4])
+    _, estimate = R.attribution(*search.arguments[:4])
     change = search.oracle[0] - plain_score(plain_logits(*search.arguments[:2], search.arguments[3]), R.refusal_tokens(search.arguments[1]))
     some = search.arguments[2].norm(dim=-1) > 1e-6  # at layer 0 there is nothing to erase
     assert spearman(estimate[some], change[some]) > 0.5
@@ -680,7 +679,7 @@ def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
 
 def test_attribution_is_the_derivative_of_erasing_a_little(search):
     model, tokenizer, directions, harmful, _ = search.arguments
-    estimate, epsilon, scores = R.attribution(model, tokenizer, directions, harmful), 0.02, []
+    (_, estimate), epsilon, scores = R.attribution(model, tokenizer, directions, harmful), 0.02, []
     r = R.unit(directions[-1, 3])
     for sign in (1, -1):  # o' = o -+ epsilon (o . r) r at every writer
         hook = lambda m, args, out: R.replace_first(out, R.first(out) - sign * epsilon * (R.first(out) @ r)[..., None] * r)
