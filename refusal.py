@@ -24,6 +24,7 @@ Dimensions, used on every line that changes a shape:
 
 import argparse
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -49,7 +50,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # for the tiny model
 
 MODELS = {
-    "tiny": "a four-megabyte model trained on the spot, see appendix A",
+    "tiny": "a seven-megabyte model trained on the spot, see appendix A",
     "qwen-1.8b": "Qwen/Qwen1.5-1.8B-Chat",  # the paper's Qwen-1.8B-Chat runs code from the hub: its successor does not
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
@@ -101,13 +102,20 @@ def load_model(name, device="auto", dtype="auto", seed=0):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         if not tokenizer.chat_template:
-            raise CannotDo(f"{name} has no chat template, so it is a base model that has not learned to refuse: name a chat model.")
+            raise CannotDo(
+                f"{name} has no chat template, so it is a base model that has not learned to refuse: name a chat model."
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:  # what transformers raises: no such model, gated, remote code, ...
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+    ) as error:  # what transformers raises: no such model, gated, remote code, ...
         raise CannotDo(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return (model if spread else model.to(device)).eval().requires_grad_(False), tokenizer
 
@@ -163,7 +171,9 @@ def split(prompts, n_train, n_val, n_test):
     """
     need = n_train + n_val + n_test
     if len(prompts) < need:
-        raise BadUse(f"{need} prompts of each kind are needed and there are {len(prompts)}: lower --n-train, --n-val or --n-test.")
+        raise BadUse(
+            f"{need} prompts of each kind are needed and there are {len(prompts)}: lower --n-train, --n-val or --n-test."
+        )
     order = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: i * GOLDEN % 1)]
     front, back = order[:n_train], order[len(order) - n_val - n_test :]
     return front, back[:n_val], back[n_val:]
@@ -266,6 +276,7 @@ def reading(model, see):
     """Call see(layer, stream) on the residual stream (batch, seq, d_model) that enters each block, and, as layer
     n_layers, on the one that leaves the last block.  (Subtle: hidden_states[-1] is that one *after* the final norm.)
     """
+
     def enters(layer):
         return lambda module, args, kwargs: see(layer, args[0] if args else kwargs.get("hidden_states"))
 
@@ -301,7 +312,9 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 
     run_batches(step, model, tokenizer, prompts, batch_size, "mean activations")
     if not torch.isfinite(total).all():
-        raise CannotDo("the activations hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32.")
+        raise CannotDo(
+            "the activations hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32."
+        )
     return total / len(prompts)
 
 
@@ -412,7 +425,9 @@ def trace_writers(model):
     with hooked(handles), reading(model, lambda layer, x: stream.append(x)):
         model.base_model(probe_tokens(model), use_cache=False)
     if len(stream) != len(stack) + 1 or any(getattr(x, "grad_fn", None) is None for x in stream):
-        raise CannotDo(f"{type(model).__name__} does not pass one stream through its blocks, each once: there is nothing to ablate.")
+        raise CannotDo(
+            f"{type(model).__name__} does not pass one stream through its blocks, each once: there is nothing to ablate."
+        )
     writes = [(0, node) for node in summands(stream[0].grad_fn, None, made)]
     for layer in range(1, len(stream)):
         start, parts = stream[layer - 1].grad_fn, []
@@ -421,11 +436,15 @@ def trace_writers(model):
             parts += [part for part in sums if STREAM in sums and part in made]
         parts += summands(stream[layer].grad_fn, start, made)
         if STREAM not in parts:
-            raise CannotDo(f"block {layer - 1} of {type(model).__name__} does not add to the residual stream: there is nothing to ablate.")
+            raise CannotDo(
+                f"block {layer - 1} of {type(model).__name__} does not add to the residual stream: there is nothing to ablate."
+            )
         writes += [(layer, node) for node in dict.fromkeys(parts) if node is not STREAM]
     for layer, node in writes:
         if node not in made:
-            raise CannotDo(f"block {max(layer - 1, 0)} of {type(model).__name__} adds something to the stream that no module wrote ({node.name()}).")
+            raise CannotDo(
+                f"block {max(layer - 1, 0)} of {type(model).__name__} adds something to the stream that no module wrote ({node.name()})."
+            )
     return made, writes
 
 
@@ -531,10 +550,14 @@ def check_erased(model, r):
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
 
     def see(layer, x):
-        left = ((x.float() @ r.to(x.device)).abs() / x.float().norm(dim=-1).clamp_min(1e-30)).max().item()  # (batch, seq, d_model) -> one number
+        left = (
+            ((x.float() @ r.to(x.device)).abs() / x.float().norm(dim=-1).clamp_min(1e-30)).max().item()
+        )  # (batch, seq, d_model) -> one number
         if not left < tolerance:
             where = "the embeddings" if layer == 0 else f"block {layer - 1}"
-            raise CannotDo(f"the direction is still written to the stream by {where} of {type(model).__name__} (|x.r|/|x| = {left:.1e}): not ablated.")
+            raise CannotDo(
+                f"the direction is still written to the stream by {where} of {type(model).__name__} (|x.r|/|x| = {left:.1e}): not ablated."
+            )
 
     with reading(model, see):
         model.base_model(probe_tokens(model), use_cache=False)
@@ -573,10 +596,15 @@ def next_token_logits(model, tokenizer, prompts, batch_size=32, desc=None):
 
     Subtle: asking for the last position's logits alone keeps (batch, seq, vocab) out of memory: gigabytes.
     """
+
     def step(batch):
-        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()  # (batch, 1, vocab) -> (batch, vocab)
+        logits = (
+            model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
+        )  # (batch, 1, vocab) -> (batch, vocab)
         if not torch.isfinite(logits).all():
-            raise CannotDo("the logits hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32.")
+            raise CannotDo(
+                "the logits hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32."
+            )
         return logits
 
     return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, desc))
@@ -685,7 +713,9 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
     scores = {name: torch.full((n_positions, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
     base_bypass, scores["estimate"] = attribution(model, tokenizer, directions, harmful_val, min(batch_size, 8))
     exists = directions.norm(dim=-1) > 1e-6 * directions.norm(dim=-1).max()  # layer 0 often proposes nothing at all
-    candidates = [(i - n_positions, l) for i in range(n_positions) for l in range(n_layers) if exists[i, l] and (exhaustive or l < usable)]
+    candidates = [
+        (i - n_positions, l) for i in range(n_positions) for l in range(n_layers) if exists[i, l] and (exhaustive or l < usable)
+    ]
     candidates.sort(key=lambda c: scores["estimate"][c].item())
     passed, nearly, waited = None, None, 0  # the best candidates with all filters, and without the induce filter
     for at in tqdm(candidates, desc="candidates (stops early)", leave=False, disable=None):
@@ -707,7 +737,9 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
         if waited >= patience and nearly and not exhaustive:
             break
     if nearly is None:
-        raise CannotDo(f"no direction leaves the model intact (KL <= {KL_MAX}) when it is ablated: choose one by hand with --position and --layer.")
+        raise CannotDo(
+            f"no direction leaves the model intact (KL <= {KL_MAX}) when it is ablated: choose one by hand with --position and --layer."
+        )
     position, layer = at = (passed or nearly)[1]
     measured = scores["bypass"].isfinite()
     return SimpleNamespace(
@@ -742,14 +774,18 @@ def orthogonalize(model, direction):
     """
     r = check_direction(model, direction)
     if getattr(model, "is_quantized", False):
-        raise CannotDo("quantised weights cannot be edited exactly: load the model unquantised, or use ablate(), which works on any.")
+        raise CannotDo(
+            "quantised weights cannot be edited exactly: load the model unquantised, or use ablate(), which works on any."
+        )
     untie(model)
     names, edits = {module: name for name, module in model.named_modules()}, {}
     with differentiable(model):
         made, writes = trace_writers(model)
         for layer, node in writes:
             if not any(edits[name][0].ndim > 1 for name in plan_edits(node, r, r, made, names, edits)):
-                raise CannotDo(f"{names[made[node][0]]} writes to the stream and none of its weights can be edited: use ablate() instead.")
+                raise CannotDo(
+                    f"{names[made[node][0]]} writes to the stream and none of its weights can be edited: use ablate() instead."
+                )
     for parameter, axis, u, w in edits.values():
         W = parameter.float().movedim(axis, -1)  # (..., d_model): the axis that writes comes last
         W = W - (W @ u.to(W.device))[..., None] * w.to(W.device)
@@ -893,7 +929,9 @@ def reply_loss(model, tokenizer, prompts, replies, batch_size=4):
         mask = torch.tensor([[0] * (width - len(c) - len(r)) + [1] * (len(c) + len(r)) for c, r in rows])
         scored = torch.tensor([[False] * (keep - len(r)) + [True] * len(r) for _, r in rows])  # (batch, reply)
         batch = forward_arguments(model, {"input_ids": full, "attention_mask": mask})
-        logits = model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1].float().cpu()  # (batch, reply, vocab)
+        logits = (
+            model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1].float().cpu()
+        )  # (batch, reply, vocab)
         total += nn.functional.cross_entropy(logits[scored], full[:, -keep:][scored], reduction="sum").item()
     return total / count
 
@@ -944,7 +982,10 @@ def prepare(model, tokenizer, args):
             train=[p for p, ok in zip(train, right) if ok], val=[p for p, ok in zip(val, right[len(train) :]) if ok], test=test
         )
         kept = f"{len(data[kind].train)} of {args.n_train} train and {len(data[kind].val)} of {args.n_val} validation prompts"
-        say("", f"{kind}: mean refusal score {scores.mean():+.2f}; {kept} score {'>' if kind == 'harmful' else '<'} 0 and are kept")
+        say(
+            "",
+            f"{kind}: mean refusal score {scores.mean():+.2f}; {kept} score {'>' if kind == 'harmful' else '<'} 0 and are kept",
+        )
         say("", f"  first tokens of the reply: {top_tokens(logits, tokenizer)}")
         if len(data[kind].train) < max(2, args.n_train / 16) or not data[kind].val:
             wrong = "hardly refuses harmful prompts" if kind == "harmful" else "refuses nearly everything"
@@ -967,14 +1008,25 @@ def find_direction(model, tokenizer, data, args):
         position = -1 if args.position is None else args.position
         if not (-n_positions <= position < 0 and 0 <= args.layer < n_layers):
             raise BadUse(f"--position goes from {-n_positions} to -1 and --layer from 0 to {n_layers - 1} on this model.")
-        chosen = SimpleNamespace(position=position, layer=args.layer, vector=directions[position, args.layer].float(), relaxed=None, scores=None)
+        chosen = SimpleNamespace(
+            position=position, layer=args.layer, vector=directions[position, args.layer].float(), relaxed=None, scores=None
+        )
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
     else:
         chosen = select_direction(
-            model, tokenizer, directions, data["harmful"].val, data["harmless"].val, exhaustive=args.exhaustive, batch_size=args.batch_size
+            model,
+            tokenizer,
+            directions,
+            data["harmful"].val,
+            data["harmless"].val,
+            exhaustive=args.exhaustive,
+            batch_size=args.batch_size,
         )
         d = chosen.dropped
-        say("4 selection", f"measured {d['measured']} candidates, best estimates first; {d['KL']} had KL > {KL_MAX}, {d['induce']} had induce < {INDUCE_MIN:g}")
+        say(
+            "4 selection",
+            f"measured {d['measured']} candidates, best estimates first; {d['KL']} had KL > {KL_MAX}, {d['induce']} had induce < {INDUCE_MIN:g}",
+        )
         if chosen.relaxed:
             say("", chosen.relaxed)
         say("", f"winner: position {chosen.position} ({tokenizer.decode([template_tail(tokenizer)[chosen.position]])!r}), layer {chosen.layer} of {n_layers}\n"
@@ -995,7 +1047,9 @@ def load_direction(model, tokenizer, path):
     check_direction(model, vector)
     n_positions, n_layers = len(template_tail(tokenizer)), len(blocks(model))
     if not (-n_positions <= position < 0 and 0 <= layer < n_layers):
-        raise BadUse(f"{path} is from position {position}, layer {layer}: this model has {n_positions} positions and {n_layers} layers.")
+        raise BadUse(
+            f"{path} is from position {position}, layer {layer}: this model has {n_positions} positions and {n_layers} layers."
+        )
     say("3 directions", "skipped")
     say("4 selection", f"skipped: {path}, position {position}, layer {layer}, found on {notes.get('model', 'an unnamed model')}")
     return SimpleNamespace(position=position, layer=layer, vector=vector, relaxed=None, scores=None)
@@ -1003,8 +1057,12 @@ def load_direction(model, tokenizer, path):
 
 def look(model, tokenizer, data, chosen, args):
     """The pictures: the direction as a detector, what the search measured, and the direction through the layers."""
+
     def along(count=None):
-        return {kind: projections(model, tokenizer, data[kind].test[:count], chosen.vector, chosen.position, args.batch_size) for kind in data}
+        return {
+            kind: projections(model, tokenizer, data[kind].test[:count], chosen.vector, chosen.position, args.batch_size)
+            for kind in data
+        }
 
     before = along()  # kind -> (prompt, layer)
     with ablate(model, chosen.vector):
@@ -1045,7 +1103,9 @@ def look_at(model, tokenizer, prompt, chosen, args):
     for name, way in ways.items():
         with way:
             reply = generate(model, tokenizer, [prompt], args.max_new_tokens)[0]
-        lines += textwrap.wrap(visible(reply, 10**6) or "(nothing)", width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
+        lines += textwrap.wrap(
+            visible(reply, 10**6) or "(nothing)", width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13
+        )
     return "\n".join(lines)
 
 
@@ -1060,7 +1120,9 @@ def find_dose(model, tokenizer, chosen, prompts, args):
         if args.coefficient and len(args.coefficient) == 1:
             return dose
         with add(model, chosen.vector, chosen.layer, dose):
-            rates[dose] = refusal_rate(generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, f"dose x {dose:g}"))
+            rates[dose] = refusal_rate(
+                generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, f"dose x {dose:g}")
+            )
         if rates[dose] >= 0.9 and not args.coefficient:
             break
     best = max(rates, key=rates.get)
@@ -1092,7 +1154,9 @@ def compare(model, tokenizer, data, chosen, args):
             answer(f"random {i} ablated", "harmful")
         with add(model, x, layer, c):
             answer(f"random {i} added", "harmless")
-    cost = harm_done(model, tokenizer, data["harmless"].test, replies["no intervention"]["harmless"], r, controls[0], args.batch_size)
+    cost = harm_done(
+        model, tokenizer, data["harmless"].test, replies["no intervention"]["harmless"], r, controls[0], args.batch_size
+    )
     # Last, because it cannot be undone: the weights.  Where they are the hooked model, its replies are known already.
     some = data["harmful"].val + data["harmless"].val
     with ablate(model, r):
@@ -1103,7 +1167,11 @@ def compare(model, tokenizer, data, chosen, args):
         refused["weights orthogonalized"] = {"harmful": refused["direction ablated"]["harmful"]}
     else:
         answer("weights orthogonalized", "harmful")
-    same = "the same model: its replies are the ablated ones" if gap < 1e-4 else "not quite the same model: its replies were generated"
+    same = (
+        "the same model: its replies are the ablated ones"
+        if gap < 1e-4
+        else "not quite the same model: its replies were generated"
+    )
     weights = f"{len(names)} parameters edited; logits differ from the ablated model's by {gap:.1e} of their size: {same}"
     return replies, refused, cost, weights
 
@@ -1183,6 +1251,7 @@ def save(model, tokenizer, chosen, results, target):
 
     Written beside the target, read back, compared, and only then renamed: there is never half a folder, and nothing is overwritten.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target, partial = Path(target), Path(f"{target}.partial-{os.getpid()}")
@@ -1196,10 +1265,14 @@ def save(model, tokenizer, chosen, results, target):
         with torch.no_grad():
             was, now = (m(probe_tokens(model)).logits.float() for m in (model, again))
         if not (was - now).norm() <= 1e-4 * was.norm():
-            raise CannotDo("the saved model does not give the logits of the one in memory when it is read back: nothing was saved.")
+            raise CannotDo(
+                "the saved model does not give the logits of the one in memory when it is read back: nothing was saved."
+            )
         partial.replace(target)  # an empty folder may be replaced, a full one may not
-    except OSError as error:
-        raise CannotDo(f"could not save to {target}: {error.strerror or error}; what was there before is untouched.") from None
+    except (OSError, SafetensorError) as error:
+        raise CannotDo(
+            f"could not save to {target}: {getattr(error, 'strerror', None) or error}; what was there before is untouched."
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -1207,27 +1280,50 @@ def save(model, tokenizer, chosen, results, target):
 def parse(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description="Refusal in language models is mediated by a single direction.")
-    whole = lambda least: lambda text: int(text) if int(text) >= least else parser.error(f"{text} is too small: at least {least} is needed.")
+    whole = lambda least: (
+        lambda text: int(text) if int(text) >= least else parser.error(f"{text} is too small: at least {least} is needed.")
+    )
     parser.add_argument("--model", default="tiny", help=f"one of {', '.join(MODELS)}, a hub id, or a local folder")
     parser.add_argument("--harmful", default=PROMPTS / "harmful.txt", help="file of harmful instructions, one a line")
     parser.add_argument("--harmless", default=PROMPTS / "harmless.txt", help="file of harmless instructions, one a line")
-    parser.add_argument("--n-train", type=whole(2), default=128, help="prompts of each kind for the means (default: the paper's 128)")
-    parser.add_argument("--n-val", type=whole(1), default=32, help="prompts of each kind for the selection (default: the paper's 32)")
-    parser.add_argument("--n-test", type=whole(1), default=100, help="prompts of each kind for the result (default: the paper's 100)")
+    parser.add_argument(
+        "--n-train", type=whole(2), default=128, help="prompts of each kind for the means (default: the paper's 128)"
+    )
+    parser.add_argument(
+        "--n-val", type=whole(1), default=32, help="prompts of each kind for the selection (default: the paper's 32)"
+    )
+    parser.add_argument(
+        "--n-test", type=whole(1), default=100, help="prompts of each kind for the result (default: the paper's 100)"
+    )
     parser.add_argument("--position", type=int, help="take the direction from this position (-1 is the last token), with --layer")
     parser.add_argument("--layer", type=int, help="take the direction from this layer instead of searching")
     parser.add_argument("--exhaustive", action="store_true", help="measure every candidate, not only the promising ones")
     parser.add_argument("--direction", metavar="FILE", help="take the direction from a direction.safetensors that --save wrote")
-    parser.add_argument("--map", action="store_true", help="measure every candidate on everything and draw all three maps (slow: a multiple of the search)")
-    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="show this prompt's tokens and replies as well (repeatable)")
-    parser.add_argument("--figure", metavar="FILE", type=Path, help="draw the pictures to a .png, .svg or .pdf (needs matplotlib)")
-    parser.add_argument("--coefficient", type=float, nargs="+", help="dose for addition, or several to compare (default: found, from the paper's 1 on)")
+    parser.add_argument(
+        "--map",
+        action="store_true",
+        help="measure every candidate on everything and draw all three maps (slow: a multiple of the search)",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", default=[], help="show this prompt's tokens and replies as well (repeatable)"
+    )
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help="draw the pictures to a .png, .svg or .pdf (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--coefficient",
+        type=float,
+        nargs="+",
+        help="dose for addition, or several to compare (default: found, from the paper's 1 on)",
+    )
     parser.add_argument("--batch-size", type=whole(1), default=32, help="prompts side by side (halved when memory runs out)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, help="length of the replies")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=0, help="for the tiny model's training and the random controls")
-    parser.add_argument("--save", metavar="DIR", help="write the orthogonalized model, the direction and the numbers to a new folder")
+    parser.add_argument(
+        "--save", metavar="DIR", help="write the orthogonalized model, the direction and the numbers to a new folder"
+    )
     args = parser.parse_args(argv)
     if args.position is not None and args.layer is None:
         parser.error("--position needs --layer: together they name one direction.")
@@ -1256,7 +1352,10 @@ def run(args):
         transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.seed)
     d_model = model.get_input_embeddings().weight.shape[1]
-    say("1 model", f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, {len(writers(model))} writers")
+    say(
+        "1 model",
+        f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, {len(writers(model))} writers",
+    )
     data = prepare(model, tokenizer, args)
     chosen = find_direction(model, tokenizer, data, args)
     look(model, tokenizer, data, chosen, args)
@@ -1268,7 +1367,19 @@ def run(args):
     show_table(refused, cost, weights, chosen.coefficient)
     say("6 replies", shown)
     if args.save:
-        results = {"model": args.model, "position": chosen.position, "layer": chosen.layer, "coefficient": chosen.coefficient, "refused": refused, "cost": cost}
+        results = {
+            "model": args.model,
+            "seed": args.seed,
+            "n": [args.n_train, args.n_val, args.n_test],
+            "weights": weights,
+            "refused": refused,
+        }
+        results["prompts_sha256"] = hashlib.sha256(
+            b"".join(Path(file).read_bytes() for file in (args.harmful, args.harmless))
+        ).hexdigest()
+        results |= {"cost": cost, **{name: value for name, value in vars(chosen).items() if isinstance(value, (int, float, str))}}
+        table = lambda rows: [[None if math.isnan(x) else x for x in row] for row in rows.tolist()]  # (position, layer)
+        results["scores"] = {name: table(rows) for name, rows in (chosen.scores or {}).items()}
         save(model, tokenizer, chosen, results, args.save)
         say("saved", f"{args.save}: the orthogonalized model, direction.safetensors and results.json; read back and found equal")
     say("time", f"{time.time() - started:.0f} s")
@@ -1503,7 +1614,9 @@ def tiny_tokenizer(texts):
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TINY_TEMPLATE, padding_side="left"
     )
@@ -1519,12 +1632,16 @@ def train_tiny_model(seed=0):
     rng, threads = random.Random(seed), torch.get_num_threads()
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
-        torch.set_num_threads(1)  # so small a model loses by sharing, and one thread sums in one order: the same model on any number
+        torch.set_num_threads(
+            1
+        )  # so small a model loses by sharing, and one thread sums in one order: the same model on any number
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
             max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         ))  # fmt: skip
-        nn.init.normal_(model.model.embed_tokens.weight, std=0.04)  # twice the usual: tokens stay legible when a direction is added
+        nn.init.normal_(
+            model.model.embed_tokens.weight, std=0.04
+        )  # twice the usual: tokens stay legible when a direction is added
         replies = {word: reply for words, reply in TINY_REPLIES.items() for word in words}
         help_with = lambda prompt: replies[prompt.split()[0]]
         refuse = lambda prompt: TINY_REFUSAL
@@ -1557,7 +1674,9 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])  # (batch, seq)
         labels = torch.tensor([marks + [-100] * (width - len(marks)) for _, marks in rows])
-        logits = model(input_ids=ids).logits[:, :-1]  # (batch, seq - 1, vocab); padding is on the right, where no token looks at it
+        logits = model(input_ids=ids).logits[
+            :, :-1
+        ]  # (batch, seq - 1, vocab); padding is on the right, where no token looks at it
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()

@@ -1,12 +1,12 @@
 """Proofs for refusal.py: known answers, identities of the paper, independent oracles.
 
-    pytest                                          # two minutes on two cores, nothing to download
-    pytest -m census                                # every architecture that transformers has
-    pytest -m seeds                                 # the tiny model's bars on five seeds
-    REFUSAL_MODEL=folder pytest -m real             # the paper's claims on a real model
+pytest                                          # two minutes, nothing to download
+pytest -m census                                # every architecture that transformers has
+pytest -m seeds                                 # the tiny model's bars on five seeds
+REFUSAL_MODEL=folder pytest -m real             # the paper's claims on a real model
 
-    python test_refusal.py census                   # the census as a table
-    python test_refusal.py bench [--model FOLDER]   # the search against the plain procedure
+python test_refusal.py census                   # the census as a table
+python test_refusal.py bench [--model FOLDER]   # the search against the plain procedure
 """
 
 import collections
@@ -195,7 +195,9 @@ def test_padding_changes_nothing(toy, family):
     model, tokenizer = toy
     if family == "gpt2":
         torch.manual_seed(0)
-        config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=4, n_head=4, n_positions=128, initializer_range=0.2)
+        config = transformers.GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=4, n_head=4, n_positions=128, initializer_range=0.2
+        )
         model = transformers.GPT2LMHeadModel(config).eval()
     together = R.refusal_scores(model, tokenizer, PROMPTS)
     alone = torch.cat([R.refusal_scores(model, tokenizer, [p]) for p in PROMPTS])
@@ -242,7 +244,9 @@ def test_a_planted_direction_is_found(toy):
     marked = []
     handles = [
         model.model.embed_tokens.register_forward_hook(lambda m, args, out: marked.append((args[0] == bad).any(1))),
-        model.model.layers[2].register_forward_pre_hook(lambda m, args: (args[0] + 40 * marked[-1][:, None, None] * planted, *args[1:])),
+        model.model.layers[2].register_forward_pre_hook(
+            lambda m, args: (args[0] + 40 * marked[-1][:, None, None] * planted, *args[1:])
+        ),
     ]
     nouns = ["rain", "egg", "poem", "swim", "boil", "weather"]
     with R.hooked(handles):
@@ -262,7 +266,10 @@ def test_auroc_counts_pairs():
 # Ablation and addition ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, shape", [(torch.float32, (3, 7, 64)), (torch.bfloat16, (2, 5, 300)), (torch.float16, (1, 1, 33)), (torch.float32, (129,))])
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [(torch.float32, (3, 7, 64)), (torch.bfloat16, (2, 5, 300)), (torch.float16, (1, 1, 33)), (torch.float32, (129,))],
+)
 def test_projecting_out_leaves_nothing_and_everything_else(dtype, shape):
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
@@ -335,7 +342,11 @@ def test_hooks_leave_no_trace(toy):
 
 def test_vectors_that_make_no_sense_are_refused(toy):
     model, _ = toy
-    for bad, message in ((torch.zeros(32), "no direction"), (torch.full((32,), math.nan), "no direction"), (torch.ones(31), "needs")):
+    for bad, message in (
+        (torch.zeros(32), "no direction"),
+        (torch.full((32,), math.nan), "no direction"),
+        (torch.ones(31), "needs"),
+    ):
         with pytest.raises(R.BadUse, match=message), R.ablate(model, bad):
             pass
     with pytest.raises(R.BadUse, match="no layer 4"), R.add(model, torch.ones(32), 4):
@@ -355,7 +366,9 @@ def test_score_and_kl_against_naive_oracles():
     torch.testing.assert_close(R.kl_divergence(p, q).double(), (P * (P / Q).log()).sum(-1), atol=1e-5, rtol=1e-5)
     assert R.kl_divergence(p, p).abs().max() == 0
     sure = torch.tensor([[200.0, 0.0, 0.0]])  # where a naive formula gives log 0
-    assert R.log_odds(sure, [0]).item() == pytest.approx(200 - math.log(2)) and R.log_odds(sure, [1]).item() == pytest.approx(-200, abs=1e-3)
+    assert R.log_odds(sure, [0]).item() == pytest.approx(200 - math.log(2)) and R.log_odds(sure, [1]).item() == pytest.approx(
+        -200, abs=1e-3
+    )
 
 
 def test_scores_read_the_last_position(toy):
@@ -395,8 +408,12 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         if ids[0, -1] == tokenizer.eos_token_id:
             break
-    assert plain[0] == tokenizer.decode(ids[0, R.tokenize(tokenizer, [PROMPTS[0]])["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.generation_config = own = transformers.GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=3.0, suppress_tokens=[5, 6, 7, 8])
+    assert plain[0] == tokenizer.decode(
+        ids[0, R.tokenize(tokenizer, [PROMPTS[0]])["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    model.generation_config = own = transformers.GenerationConfig(
+        do_sample=True, temperature=2.0, repetition_penalty=3.0, suppress_tokens=[5, 6, 7, 8]
+    )
     assert R.generate(model, tokenizer, PROMPTS, 6) == plain
     assert model.generation_config is own
 
@@ -434,7 +451,9 @@ def check_bars(model, tokenizer, data, chosen):
 
 def test_the_paper_holds_on_the_tiny_model(tiny, data, found):
     check_bars(*tiny, data, found)
-    along = [R.projections(*tiny, data[kind].test, found.vector, found.position)[:, found.layer] for kind in ("harmful", "harmless")]
+    along = [
+        R.projections(*tiny, data[kind].test, found.vector, found.position)[:, found.layer] for kind in ("harmful", "harmless")
+    ]
     assert R.auroc(*along) > 0.95
 
 
@@ -446,7 +465,9 @@ def test_the_paper_holds_on_other_seeds(seed, data, request):
     model, tokenizer = R.train_tiny_model(seed)
     means = [R.mean_activations(model, tokenizer, data[kind].train) for kind in ("harmful", "harmless")]
     chosen = R.select_direction(model, tokenizer, R.refusal_directions(*means), data["harmful"].val, data["harmless"].val)
-    chosen.coefficient = R.find_dose(model, tokenizer, chosen, data["harmless"].val, SimpleNamespace(max_new_tokens=24, batch_size=32, coefficient=None))
+    chosen.coefficient = R.find_dose(
+        model, tokenizer, chosen, data["harmless"].val, SimpleNamespace(max_new_tokens=24, batch_size=32, coefficient=None)
+    )
     check_bars(model, tokenizer, data, chosen)
 
 
@@ -474,13 +495,24 @@ SMALL = ("--n-train", 32, "--n-val", 16, "--n-test", 20, "--max-new-tokens", 16)
 def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     done = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for stage in ("1 model", "2 prompts", "3 directions", "4 selection", "  detector", "5 refusals", "  weights", "  cost", "6 replies"):
+    for stage in (
+        "1 model",
+        "2 prompts",
+        "3 directions",
+        "4 selection",
+        "  detector",
+        "5 refusals",
+        "  weights",
+        "  cost",
+        "6 replies",
+    ):
         assert f"\n{stage}" in "\n" + done.stdout
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr), "a pipe gets clean text"
     row = lambda name: [int(x) for x in re.search(rf"{name}.*", done.stdout)[0].replace("/20", " ").split() if x.isdigit()]
     assert row("no intervention")[0] >= 17 and row("direction ablated")[0] <= 2
     edited = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert numbers["scores"]["kl"][numbers["position"]][numbers["layer"]] == pytest.approx(numbers["kl"])
     from safetensors import safe_open
 
     with safe_open(tmp_path / "out" / "direction.safetensors", "pt") as file:
@@ -488,6 +520,17 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
         assert file.metadata()["layer"] == str(numbers["layer"])
     assert (R.unit(r) @ edited.model.layers[0].mlp.down_proj.weight).abs().max() < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["out"], "nothing half-written is left"
+    found = program(
+        "--model",
+        saved_tiny,
+        *SMALL,
+        "--direction",
+        tmp_path / "out" / "direction.safetensors",
+        "--coefficient",
+        numbers["coefficient"],
+    )
+    table = lambda text: text[text.index("5 refusals") : text.index("6 replies")]
+    assert table(found.stdout) == table(done.stdout), "a saved direction gives the results that it was saved with"
     again = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
@@ -586,7 +629,12 @@ def plain_winner(bypass, kl, induce):
     """The paper's filters; if nothing passes, without the one on induce: (position, layer), or None."""
     n_positions, n_layers = bypass.shape
     for floor in (0, -float("inf")):
-        passing = [(bypass[i, l].item(), i - n_positions, l) for i in range(n_positions) for l in range(int(0.8 * n_layers)) if kl[i, l] <= 0.1 and induce[i, l] >= floor]
+        passing = [
+            (bypass[i, l].item(), i - n_positions, l)
+            for i in range(n_positions)
+            for l in range(int(0.8 * n_layers))
+            if kl[i, l] <= 0.1 and induce[i, l] >= floor
+        ]
         if passing:
             return min(passing)[1:]
 
@@ -613,6 +661,7 @@ def plain_means(model, tokenizer, prompts, batch_size=1):
     def keep(layer):
         def hook(module, args):
             total[:, layer] += args[0][:, -n:].double().cpu().sum(0)  # (batch, seq, d_model) -> (position, d_model)
+
         return hook
 
     handles = [block.register_forward_pre_hook(keep(layer)) for layer, block in enumerate(layers)]
@@ -672,7 +721,9 @@ def test_without_a_candidate_that_leaves_the_model_intact_it_stops(search, monke
 
 def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
     _, estimate = R.attribution(*search.arguments[:4])
-    change = search.oracle[0] - plain_score(plain_logits(*search.arguments[:2], search.arguments[3]), R.refusal_tokens(search.arguments[1]))
+    change = search.oracle[0] - plain_score(
+        plain_logits(*search.arguments[:2], search.arguments[3]), R.refusal_tokens(search.arguments[1])
+    )
     some = search.arguments[2].norm(dim=-1) > 1e-6  # at layer 0 there is nothing to erase
     assert spearman(estimate[some], change[some]) > 0.5
 
@@ -689,7 +740,10 @@ def test_attribution_is_the_derivative_of_erasing_a_little(search):
 
 
 @real
-@pytest.mark.skipif(not (os.environ.get("REFUSAL_MODEL") and os.environ.get("REFUSAL_REFERENCE")), reason="set REFUSAL_MODEL and REFUSAL_REFERENCE to folders")
+@pytest.mark.skipif(
+    not (os.environ.get("REFUSAL_MODEL") and os.environ.get("REFUSAL_REFERENCE")),
+    reason="set REFUSAL_MODEL and REFUSAL_REFERENCE to folders",
+)
 def test_the_search_agrees_with_the_authors_code_on_a_real_model():
     """Qwen2.5-Coder-0.5B-Instruct: every measured candidate against the recorded scores, and the near miss as the winner."""
     folder = Path(os.environ["REFUSAL_REFERENCE"])
@@ -889,8 +943,6 @@ def test_the_paper_holds_on_a_real_model(capsys):
 # they say.  `pytest` runs a dozen, `pytest -m census` all, `python test_refusal.py census` prints the table.
 
 
-
-
 # The verdicts.  "exact": the edited weights and the hooks are one function.  "near": a norm writes to the stream, so the
 # weights come r-free but only close (see through_norm).  "refused": CannotDo, from ablate or only from orthogonalize.
 # Whatever is not listed must be exact; wrong without an error is never a verdict.
@@ -975,7 +1027,9 @@ FAMILY = {  # what a family needs beyond that
         ffn_config=dict(hidden_size=D, ffn_hidden_size=80, moe_num_experts=4, moe_top_k=2),
     ),
     "dots1": dict(layer_types=[SWA, FULL, SWA]),
-    "dots3_note_text": dict(head_dim=24, swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=20, swa_kv_lora_rank=24)
+    "dots3_note_text": dict(
+        head_dim=24, swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=20, swa_kv_lora_rank=24
+    )
     | dict(swa_head_dim=24, swa_qk_nope_head_dim=16, swa_v_head_dim=12),
     "falcon_h1": dict(mamba_d_ssm=96, mlp_multipliers=[0.8, 1.3], ssm_multipliers=[0.8, 1.2, 0.9, 1.1, 0.7]),
     "gemma3n_text": dict(num_hidden_layers=4, num_kv_shared_layers=2),
@@ -1052,7 +1106,11 @@ def tiny_of(name):
     if "kv_lora_rank" in sizes:  # latent attention has a key and a value for every head
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     for key, value in vars(default).items():  # a list with an entry a layer goes through all its kinds of layer
-        if isinstance(value, (list, tuple)) and len(value) == default.num_hidden_layers and key in cls.__dataclass_fields__.keys() - SIZES:
+        if (
+            isinstance(value, (list, tuple))
+            and len(value) == default.num_hidden_layers
+            and key in cls.__dataclass_fields__.keys() - SIZES
+        ):
             kinds = list(dict.fromkeys(value))
             sizes[key] = [kinds[i % len(kinds)] for i in range(given.get("num_hidden_layers", 3))]
     torch.manual_seed(0)
@@ -1153,7 +1211,9 @@ def prove(model, seed=0):
     r = R.unit(torch.randn(model.config.get_text_config(decoder=True).hidden_size, generator=generator))
     inputs = [torch.randint(3, 100, shape, generator=generator) for shape in ((2, 9), (1, 72))]  # 72: past a sliding window of 64
     logits = lambda: [model(ids).logits for ids in inputs]
-    greedy = lambda cache: model.generate(inputs[1], max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache).tolist()
+    greedy = lambda cache: model.generate(
+        inputs[1], max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache
+    ).tolist()
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
     base, notes = logits(), []
 
@@ -1215,7 +1275,9 @@ def prove(model, seed=0):
     for name in edited:
         new[name].copy_(project_plainly(old[name], new[name], r))
     ours, plain = gap(orthogonal, ablated), gap(logits(), ablated)
-    assert ours < 0.05 and (ours < plain / 3 or math.isclose(ours, plain, rel_tol=1e-3)), f"orthogonalize is {ours:.3f} from ablate; r alone would be {plain:.3f}"
+    assert ours < 0.05 and (ours < plain / 3 or math.isclose(ours, plain, rel_tol=1e-3)), (
+        f"orthogonalize is {ours:.3f} from ablate; r alone would be {plain:.3f}"
+    )
     return verdict("near", ours, plain, "; ".join(notes))
 
 
@@ -1243,7 +1305,9 @@ def test_architecture(architecture):
 def test_a_chat_model_inside_a_vision_model():
     """Gemma 3 as it is released: the decoder is one part of a wrapper, whose other blocks come first and are as many."""
     vision = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
-    config = transformers.Gemma3Config(text_config=tiny_of("gemma3_text").config.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    config = transformers.Gemma3Config(
+        text_config=tiny_of("gemma3_text").config.to_dict(), vision_config=vision, mm_tokens_per_image=4
+    )
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
     with torch.no_grad():
@@ -1275,7 +1339,9 @@ def census(names=None):
         odd = result.verdict != expected(name)
         wrong += odd
         count[result.verdict] = count.get(result.verdict, 0) + 1
-        numbers = "".join(f"{x:<9.1e}" if x < 1e-3 else f"{x:<9.3f}" if x == x else f"{'-':<9}" for x in (result.gap, result.plain))
+        numbers = "".join(
+            f"{x:<9.1e}" if x < 1e-3 else f"{x:<9.3f}" if x == x else f"{'-':<9}" for x in (result.gap, result.plain)
+        )
         print(f"{name:<28}{result.verdict:<10}{numbers}{f'EXPECTED {expected(name)}! ' * odd}{result.note}", flush=True)
     print(", ".join(f"{n} {verdict}" for verdict, n in count.items()), f"in {time.time() - started:.0f} s")
     return int(wrong > 0)
@@ -1311,7 +1377,11 @@ def ratio(slow, fast, around=nullcontext, times=5):
         fast()
         pairs.append((middle - start, time.perf_counter() - again))
     pairs = pairs[1:]  # the first round warms up
-    return statistics.median(s for s, _ in pairs), statistics.median(f for _, f in pairs), statistics.median(s / f for s, f in pairs)
+    return (
+        statistics.median(s for s, _ in pairs),
+        statistics.median(f for _, f in pairs),
+        statistics.median(s / f for s, f in pairs),
+    )
 
 
 @contextmanager
@@ -1351,7 +1421,9 @@ def bench(folder="tiny", sample=3):
     model, tokenizer = R.load_model(folder)
     data = bench_prompts(model, tokenizer)
     train, val = [[data[f"{kind}_{part}"] for kind in ("harmful", "harmless")] for part in ("train", "val")]
-    print(f"{folder}: {torch.get_num_threads()} threads, {model.dtype}, train {len(train[0])} + {len(train[1])}, validation {len(val[0])} + {len(val[1])} prompts")
+    print(
+        f"{folder}: {torch.get_num_threads()} threads, {model.dtype}, train {len(train[0])} + {len(train[1])}, validation {len(val[0])} + {len(val[1])} prompts"
+    )
 
     def ours():
         with peak_memory() as most:
@@ -1373,12 +1445,23 @@ def bench(folder="tiny", sample=3):
     plain_all = [a + b + (s - b) * times for a, b, s in zip(plain_m[:3], base[:3], plain_s[:3])]
     ours_all = [a + b for a, b in zip(means[:3], search[:3])]
     measured = int(search[3].scores["bypass"].isfinite().sum())
-    print(f"plain: means measured; sweeps measured on {len(everything)} of {whole} candidates" + (", extrapolated to all" if times > 1 else ""))
+    print(
+        f"plain: means measured; sweeps measured on {len(everything)} of {whole} candidates"
+        + (", extrapolated to all" if times > 1 else "")
+    )
     print(f"{'':<24}{'seconds':>10}{'prompt-forwards':>18}{'tokens':>10}   (attribution's backward pass is in the seconds only)")
-    for name, row in (("plain means", plain_m), ("plain, all", plain_all), ("mean_activations", means), ("select_direction", search), ("refusal.py, all", ours_all)):
+    for name, row in (
+        ("plain means", plain_m),
+        ("plain, all", plain_all),
+        ("mean_activations", means),
+        ("select_direction", search),
+        ("refusal.py, all", ours_all),
+    ):
         print(f"{name:<24}{row[0]:>10.1f}{row[1]:>18.0f}{row[2]:>10.0f}")
     print(f"{'plain / refusal.py':<24}" + "".join(f"{a / b:>{w - 1}.1f}x" for a, b, w in zip(plain_all, ours_all, (10, 18, 10))))
-    print(f"search: {measured} candidates measured; winner position {search[3].position}, layer {search[3].layer}, relaxed: {search[3].relaxed}")
+    print(
+        f"search: {measured} candidates measured; winner position {search[3].position}, layer {search[3].layer}, relaxed: {search[3].relaxed}"
+    )
     for at in everything:  # the sample was measured by both only if it reached a full evaluation
         for name, plain in zip(("bypass", "kl", "induce"), plain_s[3]):
             if search[3].scores[name][at].isfinite():
@@ -1404,14 +1487,18 @@ def bench_growth(train):
     """How the cost grows when the prompts or the layers double: random Llamas, early stop after 2 candidates."""
     tokenizer = R.tiny_tokenizer([*train[0], *train[1]])
     for n_layers, n_prompts in ((4, 8), (4, 16), (8, 8)):
-        config = R.LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=n_layers, num_attention_heads=4)
+        config = R.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=n_layers, num_attention_heads=4
+        )
         torch.manual_seed(0)
         model = R.LlamaForCausalLM(config).eval().requires_grad_(False)
         few = [prompts[:n_prompts] for prompts in train]
         R.writers(model)
         means = timed(model, lambda: [R.mean_activations(model, tokenizer, prompts) for prompts in few])
         search = timed(model, lambda: R.select_direction(model, tokenizer, means[3][0] - means[3][1], *few, patience=2))
-        print(f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} prompt-forwards; search {search[0]:.2f} s, {search[1]} prompt-forwards")
+        print(
+            f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} prompt-forwards; search {search[0]:.2f} s, {search[1]} prompt-forwards"
+        )
 
 
 if __name__ == "__main__":
