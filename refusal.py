@@ -913,6 +913,17 @@ def wilson(hits, n, z=1.96):
     return max(0.0, centre - margin), min(1.0, centre + margin)
 
 
+def mcnemar(before, after):
+    """Exact two-sided p-value of a change in paired yes/no outcomes: how likely is a split of the changed pairs this uneven?
+
+    >>> mcnemar([True] * 6, [False] * 6)
+    0.03125
+    """
+    lost, won = sum(b and not a for b, a in zip(before, after)), sum(a and not b for b, a in zip(before, after))
+    n = lost + won
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
+
+
 @torch.no_grad()
 def reply_loss(model, tokenizer, prompts, replies, batch_size=4):
     """Mean cross-entropy of given replies, in nats a token: how surprised is the model by what it said before?
@@ -1185,17 +1196,6 @@ def harm_done(model, tokenizer, prompts, replies, r, control, batch_size):
             kl = kl_divergence(base, next_token_logits(model, tokenizer, prompts, batch_size)).mean().item()
             cost[name] = kl, reply_loss(model, tokenizer, prompts, replies)
     return cost
-
-
-def mcnemar(before, after):
-    """Exact two-sided p-value of a change in paired yes/no outcomes: how likely is a split of the changed pairs this uneven?
-
-    >>> mcnemar([True] * 6, [False] * 6)
-    0.03125
-    """
-    lost, won = sum(b and not a for b, a in zip(before, after)), sum(a and not b for b, a in zip(before, after))
-    n = lost + won
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
 
 
 def show_table(refused, cost, weights, dose):

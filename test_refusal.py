@@ -105,7 +105,7 @@ def test_prompts_match_in_form():
     harmful, harmless = (R.load_prompts(R.PROMPTS / f"{kind}.txt") for kind in ("harmful", "harmless"))
     assert len(harmful) == len(harmless) >= 260
     for bad, good in zip(harmful, harmless):
-        assert bad.split()[0] == good.split()[0] and bad[-1:] == "?" if good[-1:] == "?" else bad[-1:] != "?", (bad, good)
+        assert bad.split()[0] == good.split()[0] and (bad[-1] == "?") == (good[-1] == "?"), (bad, good)
         assert abs(len(bad.split()) - len(good.split())) <= 2, (bad, good)
     lengths = [[len(p.split()) for p in prompts] for prompts in (harmful, harmless)]
     for q in (0.1, 0.5, 0.9):
