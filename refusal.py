@@ -324,7 +324,7 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 
 
 def refusal_directions(harmful_mean, harmless_mean):
-    """The candidates: r = mean over harmful prompts - mean over harmless prompts.  Paper, equation 1.
+    """The candidates: r = mean over harmful prompts - mean over harmless prompts.  Paper, section 2.3.
 
     Shapes: (position, layer, d_model) each, and the same back, not normalised.  At layer 0 a model without position
     embeddings has seen nothing but the tail's own tokens, so the difference there is zero.
@@ -490,7 +490,7 @@ def project_out(x, r):
 
 @contextmanager
 def ablate(model, direction):
-    """While the block runs, the model cannot represent the direction.  Paper, section 2.4, equation 4.
+    """While the block runs, the model cannot represent the direction.  Paper, section 2.4.
 
         o' = o - (o . r) r        for the output o of every writer, r = direction / |direction|
 
@@ -509,7 +509,7 @@ def ablate(model, direction):
 
 @contextmanager
 def add(model, vector, layer, coefficient=1.0):
-    """While the block runs, add to the stream that enters block `layer`, at every position.  Paper, section 2.4, equation 3.
+    """While the block runs, add to the stream that enters block `layer`, at every position.  Paper, section 2.4.
 
         x^(layer)' = x^(layer) + coefficient * vector        vector: (d_model,), the raw difference in means
 
@@ -763,7 +763,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
 @torch.inference_mode(False)
 @torch.no_grad()
 def orthogonalize(model, direction):
-    """Erase the direction from every weight that writes to the stream, in place.  Paper, section 4.1, equation 5.
+    """Erase the direction from every weight that writes to the stream, in place.  Paper, section 4.1.
 
         W' = W - r (r^T W)        and the same for biases, embeddings, experts
 
