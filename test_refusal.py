@@ -434,6 +434,15 @@ def test_orthogonalized_weights_are_the_ablated_model(toy):
     assert (R.unit(r) @ W).abs().max() < 1e-5
 
 
+def test_quantised_weights_are_refused_in_one_sentence_and_left_alone(toy):
+    model, tokenizer = toy
+    before = logits_of(model, tokenizer)
+    model.is_quantized = True  # what transformers sets on every quantised model
+    with pytest.raises(R.CannotDo, match="load the model unquantised"):
+        R.orthogonalize(model, torch.ones(32))
+    assert torch.equal(logits_of(model, tokenizer), before)
+
+
 # The paper on the tiny model -----------------------------------------------------------------------------
 
 
