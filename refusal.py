@@ -1040,6 +1040,8 @@ def find_direction(model, tokenizer, data, args):
         )
         if chosen.relaxed:
             say("", chosen.relaxed)
+        if chosen.bypass > 0:
+            say("", "warning: harmful prompts are still refused with this direction ablated (bypass > 0): no single direction was found")
         say("", f"winner: position {chosen.position} ({tokenizer.decode([template_tail(tokenizer)[chosen.position]])!r}), layer {chosen.layer} of {n_layers}\n"
             f"bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}   induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}   KL {chosen.kl:.3f}")  # fmt: skip
     return chosen

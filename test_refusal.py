@@ -498,7 +498,7 @@ def saved_tiny(tiny, tmp_path_factory):
     return folder
 
 
-SMALL = ("--n-train", 32, "--n-val", 16, "--n-test", 20, "--max-new-tokens", 16)
+SMALL = ("--max-new-tokens", 16)
 
 
 def test_the_program_from_end_to_end(saved_tiny, tmp_path):
@@ -517,8 +517,8 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     ):
         assert f"\n{stage}" in "\n" + done.stdout
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr), "a pipe gets clean text"
-    row = lambda name: [int(x) for x in re.search(rf"{name}.*", done.stdout)[0].replace("/20", " ").split() if x.isdigit()]
-    assert row("no intervention")[0] >= 17 and row("direction ablated")[0] <= 2
+    row = lambda name: [int(x) for x in re.findall(r"(\d+)/100", re.search(rf"{name}.*", done.stdout)[0])]
+    assert row("no intervention")[0] >= 85 and row("direction ablated")[0] <= 10 and row("direction added")[-1] >= 85
     edited = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())
     assert numbers["scores"]["kl"][numbers["position"]][numbers["layer"]] == pytest.approx(numbers["kl"])
@@ -692,7 +692,7 @@ def search(tiny):
     model, tokenizer = tiny
     val, train = {}, {}
     for kind in ("harmful", "harmless"):
-        train[kind], val[kind], _ = R.split(R.load_prompts(R.PROMPTS / f"{kind}.txt"), 16, 4, 100)
+        train[kind], val[kind], _ = R.split(R.load_prompts(R.PROMPTS / f"{kind}.txt"), 128, 32, 100)
     means = [plain_means(model, tokenizer, train[kind]) for kind in ("harmful", "harmless")]
     arguments = (model, tokenizer, means[0] - means[1], val["harmful"], val["harmless"])
     return SimpleNamespace(train=train, means=means, arguments=arguments, oracle=plain_select(*arguments))
@@ -739,13 +739,13 @@ def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
 
 def test_attribution_is_the_derivative_of_erasing_a_little(search):
     model, tokenizer, directions, harmful, _ = search.arguments
-    (_, estimate), epsilon, scores = R.attribution(model, tokenizer, directions, harmful), 0.02, []
+    (_, estimate), epsilon, scores = R.attribution(model, tokenizer, directions, harmful), 0.005, []
     r = R.unit(directions[-1, 3])
     for sign in (1, -1):  # o' = o -+ epsilon (o . r) r at every writer
         hook = lambda m, args, out: R.replace_first(out, R.first(out) - sign * epsilon * (R.first(out) @ r)[..., None] * r)
         with R.hooked([writer.register_forward_hook(hook) for writer in R.writers(model)]):
             scores.append(plain_score(plain_logits(model, tokenizer, harmful), R.refusal_tokens(tokenizer)))
-    assert (scores[0] - scores[1]) / (2 * epsilon) == pytest.approx(estimate[-1, 3].item(), rel=1e-2)
+    assert (scores[0] - scores[1]) / (2 * epsilon) == pytest.approx(estimate[-1, 3].item(), rel=2e-2)
 
 
 @real
