@@ -200,7 +200,9 @@ def test_padding_changes_nothing(toy, family):
         )
         model = transformers.GPT2LMHeadModel(config).eval()
     together = R.refusal_scores(model, tokenizer, PROMPTS)
-    alone = torch.cat([R.refusal_scores(model, tokenizer, [p]) for p in PROMPTS])
+    tokens, ids = R.refusal_tokens(tokenizer), [R.tokenize(tokenizer, [p])["input_ids"] for p in PROMPTS]
+    with torch.no_grad():  # alone, and without a word about positions
+        alone = torch.cat([R.log_odds(model(input_ids=x).logits[:, -1], tokens) for x in ids])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     means = R.mean_activations(model, tokenizer, PROMPTS)
     alone = sum(R.mean_activations(model, tokenizer, [p]) for p in PROMPTS) / len(PROMPTS)
