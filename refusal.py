@@ -110,12 +110,8 @@ def load_model(name, device="auto", dtype="auto", seed=0):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None
         )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        KeyError,
-    ) as error:  # what transformers raises: no such model, gated, remote code, ...
+    # what transformers raises where there is no such model, or it is gated, or it wants to run code of its own
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise CannotDo(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return (model if spread else model.to(device)).eval().requires_grad_(False), tokenizer
 
@@ -220,7 +216,7 @@ def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
             batch = forward_arguments(model, tokenize(tokenizer, [prompts[i] for i in chosen]))
             try:
                 outcome = step(batch)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and on a CPU there is no other
                 if batch_size == 1 or not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
                     raise
                 batch_size = (len(chosen) + 1) // 2
@@ -311,11 +307,14 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
         return [None] * len(batch["input_ids"])
 
     run_batches(step, model, tokenizer, prompts, batch_size, "mean activations")
-    if not torch.isfinite(total).all():
-        raise CannotDo(
-            "the activations hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32."
-        )
-    return total / len(prompts)
+    return check_finite(total, "activations") / len(prompts)
+
+
+def check_finite(tensor, what):
+    """The tensor, or CannotDo if it holds NaN or infinity: a half-broken model must not go on to give numbers."""
+    if not torch.isfinite(tensor).all():
+        raise CannotDo(f"the {what} hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32.")
+    return tensor
 
 
 # %% 4. The difference in means ---------------------------------------------------------------------
@@ -598,14 +597,8 @@ def next_token_logits(model, tokenizer, prompts, batch_size=32, desc=None):
     """
 
     def step(batch):
-        logits = (
-            model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
-        )  # (batch, 1, vocab) -> (batch, vocab)
-        if not torch.isfinite(logits).all():
-            raise CannotDo(
-                "the logits hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32."
-            )
-        return logits
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]  # (batch, 1, vocab) -> (batch, vocab)
+        return check_finite(logits.float().cpu(), "logits")
 
     return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, desc))
 
@@ -672,7 +665,7 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
     Erasing r changes o by -(o . r) r, and the gradient says what a small change of o is worth: a Taylor series, cut
     after its first term.  Deviation: not in the paper; known as attribution patching.  Returns the mean score, too.
     """
-    R = torch.nn.functional.normalize(directions.flatten(0, 1).double(), dim=-1).float().T  # (d_model, candidate)
+    R = nn.functional.normalize(directions.flatten(0, 1).double(), dim=-1).float().T  # (d_model, candidate)
     tokens, estimate, total = refusal_tokens(tokenizer), 0, 0.0
 
     def step(batch):
@@ -940,9 +933,8 @@ def reply_loss(model, tokenizer, prompts, replies, batch_size=4):
         mask = torch.tensor([[0] * (width - len(c) - len(r)) + [1] * (len(c) + len(r)) for c, r in rows])
         scored = torch.tensor([[False] * (keep - len(r)) + [True] * len(r) for _, r in rows])  # (batch, reply)
         batch = forward_arguments(model, {"input_ids": full, "attention_mask": mask})
-        logits = (
-            model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1].float().cpu()
-        )  # (batch, reply, vocab)
+        logits = model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1]  # (batch, reply, vocab)
+        logits = logits.float().cpu()
         total += nn.functional.cross_entropy(logits[scored], full[:, -keep:][scored], reduction="sum").item()
     return total / count
 
@@ -1041,7 +1033,10 @@ def find_direction(model, tokenizer, data, args):
         if chosen.relaxed:
             say("", chosen.relaxed)
         if chosen.bypass > 0:
-            say("", "warning: harmful prompts are still refused with this direction ablated (bypass > 0): no single direction was found")
+            say(
+                "",
+                "warning: harmful prompts are still refused with this direction ablated (bypass > 0): no single direction was found",
+            )
         say("", f"winner: position {chosen.position} ({tokenizer.decode([template_tail(tokenizer)[chosen.position]])!r}), layer {chosen.layer} of {n_layers}\n"
             f"bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}   induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}   KL {chosen.kl:.3f}")  # fmt: skip
     return chosen
@@ -1097,6 +1092,12 @@ def page_width():
     return max(60, shutil.get_terminal_size((100, 24)).columns)
 
 
+def three_ways(model, chosen):
+    """The contexts in which replies are shown side by side, each good for one use."""
+    added = add(model, chosen.vector, chosen.layer, chosen.coefficient)
+    return {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector), "added": added}
+
+
 @torch.no_grad()
 def look_at(model, tokenizer, prompt, chosen, args):
     """--prompt: the prompt's tokens by their projection on r at the chosen layer, and the replies, as text.
@@ -1111,11 +1112,10 @@ def look_at(model, tokenizer, prompt, chosen, args):
     tokens = [longer[len(shorter) :] for shorter, longer in zip(texts, texts[1:])]  # subtle: alone, some tokens lose their space
     reach = abs(harmful - harmless) or 1.0
     lines = [paint(tokens, seen[chosen.layer], (harmful + harmless) / 2, reach, wants_colour(sys.stdout), width)]
-    ways = {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector)}
-    ways[f"added x {chosen.coefficient:g}"] = add(model, chosen.vector, chosen.layer, chosen.coefficient)
-    for name, way in ways.items():
+    for name, way in three_ways(model, chosen).items():
         with way:
             reply = generate(model, tokenizer, [prompt], args.max_new_tokens)[0]
+        name += f" x {chosen.coefficient:g}" if name == "added" else ""
         lines += textwrap.wrap(
             visible(reply, 10**6) or "(nothing)", width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13
         )
@@ -1145,7 +1145,10 @@ def find_dose(model, tokenizer, chosen, prompts, args):
 
 
 def compare(model, tokenizer, data, chosen, args):
-    """Stage 5, the paper on one screen: who refuses what under which intervention.  Returns {row: {kind: [bool a prompt]}}."""
+    """Stage 5, the paper on one screen: who refuses what under which intervention.
+
+    Returns refused, {row: {kind: [bool a prompt]}}; what the interventions cost; a sentence on the weights.
+    """
     r, layer, c = chosen.vector, chosen.layer, chosen.coefficient
     generator = torch.Generator().manual_seed(args.seed)
     controls = [x / x.norm() * r.norm() for x in torch.randn(RANDOM_DIRECTIONS, len(r), generator=generator)]
@@ -1178,15 +1181,12 @@ def compare(model, tokenizer, data, chosen, args):
     gap = ((next_token_logits(model, tokenizer, some, args.batch_size) - hooked_logits).norm() / hooked_logits.norm()).item()
     if gap < 1e-4:
         refused["weights orthogonalized"] = {"harmful": refused["direction ablated"]["harmful"]}
+        same = "the same model: its replies are the ablated ones"
     else:
         answer("weights orthogonalized", "harmful")
-    same = (
-        "the same model: its replies are the ablated ones"
-        if gap < 1e-4
-        else "not quite the same model: its replies were generated"
-    )
+        same = "not quite the same model: its replies were generated"
     weights = f"{len(names)} parameters edited; logits differ from the ablated model's by {gap:.1e} of their size: {same}"
-    return replies, refused, cost, weights
+    return refused, cost, weights
 
 
 def harm_done(model, tokenizer, prompts, replies, r, control, batch_size):
@@ -1235,11 +1235,10 @@ def cell(outcomes, before):
 
 def examples(model, tokenizer, chosen, args):
     """Stage 6: replies to a few mild prompts under no intervention, ablation and addition, as lines of text."""
-    replies = {"as it is": generate(model, tokenizer, MILD_PROMPTS, args.max_new_tokens, args.batch_size)}
-    with ablate(model, chosen.vector):
-        replies["ablated"] = generate(model, tokenizer, MILD_PROMPTS, args.max_new_tokens, args.batch_size)
-    with add(model, chosen.vector, chosen.layer, chosen.coefficient):
-        replies["added"] = generate(model, tokenizer, MILD_PROMPTS, args.max_new_tokens, args.batch_size)
+    replies = {}
+    for name, way in three_ways(model, chosen).items():
+        with way:
+            replies[name] = generate(model, tokenizer, MILD_PROMPTS, args.max_new_tokens, args.batch_size)
     width = max(60, shutil.get_terminal_size((120, 24)).columns - 13)
     lines = []
     for i, prompt in enumerate(MILD_PROMPTS):
@@ -1365,7 +1364,7 @@ def run(args):
     for prompt in args.prompt:
         print(look_at(model, tokenizer, prompt, chosen, args), "", sep="\n", flush=True)
     shown = examples(model, tokenizer, chosen, args)
-    replies, refused, cost, weights = compare(model, tokenizer, data, chosen, args)
+    refused, cost, weights = compare(model, tokenizer, data, chosen, args)
     show_table(refused, cost, weights, chosen.coefficient)
     say("6 replies", shown)
     if args.save:
