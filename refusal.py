@@ -654,7 +654,7 @@ def kl_divergence(p_logits, q_logits):
 # direction would do to the score.  Then we measure, exactly and in that order, and stop when the last
 # `patience` candidates brought nothing better.  The estimate never decides, it only orders.
 
-KL_MAX, INDUCE_MIN, LAST_LAYERS = 0.1, 0.0, 0.2
+KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8
 
 
 def attribution(model, tokenizer, directions, prompts, batch_size=8):
@@ -691,56 +691,68 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
     return total / len(prompts), (estimate / len(prompts)).view(directions.shape[:2])
 
 
+def choose(scores):
+    """The paper's rule: of the candidates that pass the filters, the one with the lowest bypass.  Section 2.3, appendix C.
+
+        layer < 0.8 n_layers   and   KL <= 0.1   and   induce >= 0
+
+    scores: "bypass", "kl" and "induce" -> (position, layer), NaN where nothing was measured: such a candidate never wins.
+    Returns (position, layer), the position counted from the end (-1 is the last), or None if nothing passes.
+    Deviation: where the authors' code would stop because nothing passes, the filter on induce is left out.
+
+    >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])  # one position, five layers
+    >>> choose({"bypass": bypass, "kl": torch.tensor([[5.0, 0, 0, 0, 0]]), "induce": torch.tensor([[1.0, 1, 1, -1, 1]])})
+    (-1, 2)
+    """
+    n_positions, n_layers = scores["bypass"].shape
+    intact = (scores["kl"] <= KL_MAX) & (torch.arange(n_layers) < int(LATE * n_layers))  # (position, layer)
+    for passing in (intact & (scores["induce"] >= INDUCE_MIN), intact):
+        if passing.any():
+            i, layer = divmod(scores["bypass"].where(passing, math.inf).argmin().item(), n_layers)
+            return i - n_positions, layer
+    return None
+
+
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8, exhaustive=False, batch_size=32):
-    """Choose among the candidates (position, layer, d_model) on validation prompts.  Paper, section 2.3 and appendix C.
+    """Measure candidates (position, layer, d_model) on validation prompts and choose one.  Paper, section 2.3 and appendix C.
 
     Returns a namespace: position (-n .. -1), layer, vector (d_model,) float32 and not normalised, its bypass, induce and
     kl, the scores without intervention base_bypass and base_induce, `scores`: name -> (position, layer), NaN where nothing was
-    measured, `dropped`: how many of the measured each filter removed, and `relaxed`: None, or the filter that had to go.
-    Deviations: the search order and the early stop (exhaustive=True measures everything); and if no candidate passes, the
-    induce filter is relaxed, where the authors' code stops.  Raises CannotDo if nothing is left even so.
+    measured, and `relaxed`: whether no candidate passed all filters and the one on induce had to go.
+    Deviation: the search order and the early stop; exhaustive=True measures everything.  Raises CannotDo if nothing can be chosen.
     """
     n_positions, n_layers, _ = directions.shape
-    usable = int((1 - LAST_LAYERS) * n_layers)
-    base = next_token_logits(model, tokenizer, harmless_val, batch_size)
     scores = {name: torch.full((n_positions, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
+    base = next_token_logits(model, tokenizer, harmless_val, batch_size)
     base_bypass, scores["estimate"] = attribution(model, tokenizer, directions, harmful_val, min(batch_size, 8))
     exists = directions.norm(dim=-1) > 1e-6 * directions.norm(dim=-1).max()  # layer 0 often proposes nothing at all
-    candidates = [
-        (i - n_positions, l) for i in range(n_positions) for l in range(n_layers) if exists[i, l] and (exhaustive or l < usable)
-    ]
-    candidates.sort(key=lambda c: scores["estimate"][c].item())
-    passed, nearly, waited = None, None, 0  # the best candidates with all filters, and without the induce filter
-    for at in tqdm(candidates, desc="candidates (stops early)", leave=False, disable=None):
-        waited += 1
-        vector, (_, layer) = directions[at].float(), at
+    if not exhaustive:
+        exists[:, int(LATE * n_layers) :] = False  # these cannot win
+    order = sorted(exists.nonzero().tolist(), key=lambda at: scores["estimate"][tuple(at)].item())
+    best, waited = None, 0
+    for i, layer in tqdm(order, desc="candidates (stops early)", leave=False, disable=None):
+        vector = directions[i, layer].float()
+        wins = best and scores["induce"][best] >= INDUCE_MIN
         with ablate(model, vector):
-            bypass = scores["bypass"][at] = refusal_scores(model, tokenizer, harmful_val, batch_size).mean()
-            worth = exhaustive or passed is None or bypass < passed[0]  # others cannot win: why measure them further
-            if worth:
-                scores["kl"][at] = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
-        if worth and (exhaustive or scores["kl"][at] <= KL_MAX):
+            scores["bypass"][i, layer] = refusal_scores(model, tokenizer, harmful_val, batch_size).mean()
+            hopeless = wins and scores["bypass"][i, layer] >= scores["bypass"][best] and not exhaustive
+            if not hopeless:
+                scores["kl"][i, layer] = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
+        if exhaustive or not hopeless and scores["kl"][i, layer] <= KL_MAX:
             with add(model, vector, layer):
-                scores["induce"][at] = refusal_scores(model, tokenizer, harmless_val, batch_size).mean()
-        if layer < usable and scores["kl"][at] <= KL_MAX:
-            if scores["induce"][at] >= INDUCE_MIN and (passed is None or bypass < passed[0]):
-                passed, waited = (bypass, at), 0
-            if nearly is None or bypass < nearly[0]:
-                nearly, waited = (bypass, at), 0 if passed is None else waited
-        if waited >= patience and nearly and not exhaustive:
+                scores["induce"][i, layer] = refusal_scores(model, tokenizer, harmless_val, batch_size).mean()
+        before, best = best, choose(scores)
+        waited = waited + 1 if best == before else 0
+        if best and waited >= patience and not exhaustive:
             break
-    if nearly is None:
+    if best is None:
         raise CannotDo(
             f"no direction leaves the model intact (KL <= {KL_MAX}) when it is ablated: choose one by hand with --position and --layer."
         )
-    position, layer = at = (passed or nearly)[1]
-    measured = scores["bypass"].isfinite()
     return SimpleNamespace(
-        position=position, layer=layer, vector=directions[at].float(), scores=scores, base_bypass=base_bypass,
-        **{name: scores[name][at].item() for name in ("bypass", "kl", "induce")},
-        base_induce=log_odds(base, refusal_tokens(tokenizer)).mean().item(),
-        dropped={"measured": int(measured.sum()), "KL": int((scores["kl"] > KL_MAX).sum()), "induce": int((scores["induce"] < INDUCE_MIN).sum())},
-        relaxed=None if passed else f"no candidate has induce > {INDUCE_MIN:g} and KL < {KL_MAX}: the induce filter is relaxed",
+        position=best[0], layer=best[1], vector=directions[best].float(), scores=scores, base_bypass=base_bypass,
+        **{name: scores[name][best].item() for name in ("bypass", "kl", "induce")},
+        base_induce=log_odds(base, refusal_tokens(tokenizer)).mean().item(), relaxed=not scores["induce"][best] >= INDUCE_MIN,
     )  # fmt: skip
 
 
@@ -1025,13 +1037,16 @@ def find_direction(model, tokenizer, data, args):
             exhaustive=args.exhaustive,
             batch_size=args.batch_size,
         )
-        d = chosen.dropped
+        measured, broken, weak = (
+            int(x.sum())
+            for x in (chosen.scores["bypass"].isfinite(), chosen.scores["kl"] > KL_MAX, chosen.scores["induce"] < INDUCE_MIN)
+        )
         say(
             "4 selection",
-            f"measured {d['measured']} candidates, best estimates first; {d['KL']} had KL > {KL_MAX}, {d['induce']} had induce < {INDUCE_MIN:g}",
+            f"measured {measured} candidates, best estimates first; {broken} had KL > {KL_MAX}, {weak} had induce < {INDUCE_MIN:g}",
         )
         if chosen.relaxed:
-            say("", chosen.relaxed)
+            say("", "none of them passes all filters: the one on induce is left out")
         if chosen.bypass > 0:
             say(
                 "",
@@ -1469,7 +1484,7 @@ def mark(scores, chosen, i, layer):
         return "x"
     if scores["induce"][i, layer] < INDUCE_MIN and not chosen.relaxed:
         return "<"
-    return ">" if layer >= int((1 - LAST_LAYERS) * n_layers) else " "
+    return ">" if layer >= int(LATE * n_layers) else " "
 
 
 def heat_map(scores, name, tokens, chosen, colour=False, width=80):

@@ -1471,7 +1471,7 @@ def bench(folder="tiny", sample=3):
         print(f"{name:<24}{row[0]:>10.1f}{row[1]:>18.0f}{row[2]:>10.0f}")
     print(f"{'plain / refusal.py':<24}" + "".join(f"{a / b:>{w - 1}.1f}x" for a, b, w in zip(plain_all, ours_all, (10, 18, 10))))
     print(
-        f"search: {measured} candidates measured; winner position {search[3].position}, layer {search[3].layer}, relaxed: {search[3].relaxed}"
+        f"search: {measured} candidates measured; winner position {search[3].position}, layer {search[3].layer}, induce filter relaxed: {search[3].relaxed}"
     )
     for at in everything:  # the sample was measured by both only if it reached a full evaluation
         for name, plain in zip(("bypass", "kl", "induce"), plain_s[3]):
