@@ -47,6 +47,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # for the tiny model
 
 MODELS = {
@@ -236,8 +237,38 @@ def forward_arguments(model, batch):
     """
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
+        arguments["position_ids"] = positions(arguments["attention_mask"])
     return arguments
+
+
+def positions(mask):
+    """How many tokens stand before each: (batch, seq) -> (batch, seq)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def read_opening(model, batch, keep=1):
+    """The same batch with what all its prompts open with (a template's system prompt, say) read once instead of once a prompt.
+
+    Takes forward arguments and returns forward arguments: the rest of the prompts, (batch, seq - opening), and the cached keys and
+    values of the opening; at least the last `keep` tokens of each prompt are in the rest.  The same function to rounding, and on
+    Qwen2.5's template and 8 prompts .67 of the time.  Left as it is where there is little to save, and for models that
+    count positions themselves or cache anything but the keys and values of all tokens (sliding windows, recurrent states).
+    """
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - keep)  # tokens of the opening
+    cache, takes = DynamicCache(config=model.config), inspect.signature(model.forward).parameters
+    fits = {"past_key_values", "position_ids"} <= takes.keys() and {type(layer) for layer in cache.layers} == {DynamicLayer}
+    if not fits or n * (len(rows) - 1) < 64:  # a pass more costs as much as reading some 64 tokens
+        return {**batch, "use_cache": False}
+    model.base_model(input_ids=batch["input_ids"].new_tensor([rows[0][:n]]), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(rows))
+    width, lengths = max(map(len, rows)) - n, batch["attention_mask"].sum(-1, keepdim=True)  # lengths: (batch, 1)
+    own = torch.arange(width, device=model.device) >= width - (lengths - n)  # (batch, width): neither padding nor opening
+    mask = torch.cat([torch.ones_like(own[:, :1]).expand(-1, n), own], dim=1).long()  # (batch, opening + width)
+    return {
+        "input_ids": batch["input_ids"][:, -width:], "attention_mask": mask, "position_ids": positions(mask)[:, n:],
+        "past_key_values": cache, "use_cache": True,
+    }  # fmt: skip
 
 
 # %% 3. Mean activations ----------------------------------------------------------------------------
@@ -301,8 +332,9 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
         def see(layer, stream):
             sums[layer] = stream[:, -n_positions:].cpu().double().sum(0)  # (batch, seq, d_model) -> (position, d_model)
 
+        batch = read_opening(model, batch, keep=n_positions)
         with reading(model, see):
-            model.base_model(**batch, use_cache=False)
+            model.base_model(**batch)
         total = total + torch.stack(sums[:n_layers], dim=1)  # (position, layer, d_model)
         return [None] * len(batch["input_ids"])
 
@@ -597,7 +629,7 @@ def next_token_logits(model, tokenizer, prompts, batch_size=32, desc=None):
     """
 
     def step(batch):
-        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]  # (batch, 1, vocab) -> (batch, vocab)
+        logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1]  # (batch, 1, vocab) -> (batch, vocab)
         return check_finite(logits.float().cpu(), "logits")
 
     return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, desc))
@@ -677,11 +709,13 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
             outputs.append(o if o.requires_grad else o.requires_grad_())  # the embeddings' outputs are leaves
 
         with torch.enable_grad(), hooked([module.register_forward_hook(keep) for module in writers(model)]):
-            logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1].float()
             score = log_odds(logits, tokens).sum()
-            gradients = torch.autograd.grad(score, outputs)
+            gradients = torch.autograd.grad(score, outputs, allow_unused=True)
         total += score.item()
         for o, g in zip(outputs, gradients):
+            if g is None:  # what the last block writes at the opening, nobody reads
+                continue
             r = R.to(o.device)
             moved = (g.float() @ r) * (o.detach().float() @ r)  # (batch, seq, d_model) twice -> (batch, seq, candidate)
             estimate = estimate - moved.sum((0, 1)).cpu()
@@ -713,6 +747,15 @@ def choose(scores):
     return None
 
 
+def may_win(scores, at):
+    """Would this candidate be chosen if all that is still unmeasured of it were perfect?  If not, why measure it."""
+    best_case = {name: table.clone() for name, table in scores.items()}
+    for name, perfect in (("kl", 0.0), ("induce", math.inf)):
+        if best_case[name][at].isnan():
+            best_case[name][at] = perfect
+    return choose(best_case) == at
+
+
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8, exhaustive=False, batch_size=32):
     """Measure candidates (position, layer, d_model) on validation prompts and choose one.  Paper, section 2.3 and appendix C.
 
@@ -731,16 +774,15 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
     order = sorted(exists.nonzero().tolist(), key=lambda at: scores["estimate"][tuple(at)].item())
     best, waited = None, 0
     for i, layer in tqdm(order, desc="candidates (stops early)", leave=False, disable=None):
-        vector = directions[i, layer].float()
-        wins = best and scores["induce"][best] >= INDUCE_MIN
+        at, vector = (i - n_positions, layer), directions[i, layer].float()
         with ablate(model, vector):
-            scores["bypass"][i, layer] = refusal_scores(model, tokenizer, harmful_val, batch_size).mean()
-            hopeless = wins and scores["bypass"][i, layer] >= scores["bypass"][best] and not exhaustive
-            if not hopeless:
-                scores["kl"][i, layer] = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
-        if exhaustive or not hopeless and scores["kl"][i, layer] <= KL_MAX:
+            scores["bypass"][at] = refusal_scores(model, tokenizer, harmful_val, batch_size).mean()
+        if exhaustive or may_win(scores, at):
             with add(model, vector, layer):
-                scores["induce"][i, layer] = refusal_scores(model, tokenizer, harmless_val, batch_size).mean()
+                scores["induce"][at] = refusal_scores(model, tokenizer, harmless_val, batch_size).mean()
+        if exhaustive or may_win(scores, at):
+            with ablate(model, vector):
+                scores["kl"][at] = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
         before, best = best, choose(scores)
         waited = waited + 1 if best == before else 0
         if best and waited >= patience and not exhaustive:

@@ -209,6 +209,29 @@ def test_padding_changes_nothing(toy, family):
     torch.testing.assert_close(means, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_reading_the_opening_once_changes_nothing(toy, monkeypatch):
+    model, tokenizer = toy
+    tokenizer.chat_template = "<|user|>You answer in few words, and you say what you know.<|end|>" + TEMPLATES["chatml"][0]
+    prompts = [*PROMPTS, "Write a poem about rain", "Write a poem"]  # the last is how another one begins
+    directions = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
+    batch = R.forward_arguments(model, R.tokenize(tokenizer, prompts))
+    rest = R.read_opening(model, batch, keep=4)
+    assert rest["input_ids"].shape[1] + 20 < batch["input_ids"].shape[1] and R.read_opening(model, batch, keep=60)["use_cache"] is False
+    measure = lambda: (
+        R.next_token_logits(model, tokenizer, prompts),
+        R.mean_activations(model, tokenizer, prompts),
+        R.attribution(model, tokenizer, directions, prompts)[1],
+    )
+    r, ours = torch.randn(32, generator=torch.Generator().manual_seed(1)), []
+    for way in (nullcontext(), R.ablate(model, r), R.add(model, r, 2)):
+        with way:
+            ours.append(measure())
+    monkeypatch.setattr(R, "read_opening", lambda model, batch, keep=1: {**batch, "use_cache": False})
+    for way, once in zip((nullcontext(), R.ablate(model, r), R.add(model, r, 2)), ours):
+        with way:
+            torch.testing.assert_close(once, measure(), atol=1e-4, rtol=1e-4)
+
+
 def test_results_keep_the_order_of_the_prompts_and_survive_out_of_memory(toy):
     model, tokenizer = toy
     sizes = []
@@ -1227,6 +1250,14 @@ def prove(model, seed=0):
     ).tolist()
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
     base, notes = logits(), []
+
+    # reading what prompts open with once: the same logits
+    opening, full = torch.randint(3, 100, (40,), generator=generator).tolist(), torch.zeros(3, 53, dtype=torch.long)
+    for row, n in zip(full, (5, 9, 13)):
+        row[-40 - n :] = torch.tensor(opening + torch.randint(3, 100, (n,), generator=generator).tolist())
+    batch = R.forward_arguments(model, {"input_ids": full, "attention_mask": (full > 0).long()})
+    once, whole = (model(**arguments).logits[:, -1] for arguments in (R.read_opening(model, batch), {**batch, "use_cache": False}))
+    assert apart([once], [whole]) < 1e-4, "reading the opening once changes the logits"
 
     # ablate: nothing of r in any sum, and nothing stays behind
     try:
