@@ -761,7 +761,8 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
 
     Returns a namespace: position (-n .. -1), layer, vector (d_model,) float32 and not normalised, its bypass, induce and
     kl, the scores without intervention base_bypass and base_induce, `scores`: name -> (position, layer), NaN where nothing was
-    measured, and `relaxed`: whether no candidate passed all filters and the one on induce had to go.
+    measured, `relaxed`: whether no candidate passed all filters and the one on induce had to go, and `early`: where the search
+    stops without exhaustive=True, (position, layer).
     Deviation: the search order and the early stop; exhaustive=True measures everything.  Raises CannotDo if nothing can be chosen.
     """
     n_positions, n_layers, _ = directions.shape
@@ -769,11 +770,12 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
     base = next_token_logits(model, tokenizer, harmless_val, batch_size)
     base_bypass, scores["estimate"] = attribution(model, tokenizer, directions, harmful_val, min(batch_size, 8))
     exists = directions.norm(dim=-1) > 1e-6 * directions.norm(dim=-1).max()  # layer 0 often proposes nothing at all
-    if not exhaustive:
-        exists[:, int(LATE * n_layers) :] = False  # these cannot win
-    order = sorted(exists.nonzero().tolist(), key=lambda at: scores["estimate"][tuple(at)].item())
-    best, waited = None, 0
-    for i, layer in tqdm(order, desc="candidates (stops early)", leave=False, disable=None):
+    late = int(LATE * n_layers)  # from here on they cannot win: for show, and last
+    order = sorted(
+        (l >= late, scores["estimate"][i, l].item(), i, l) for i, l in exists.nonzero().tolist() if l < late or exhaustive
+    )
+    best, early, waited = None, None, 0
+    for _, _, i, layer in tqdm(order, desc="candidates" if exhaustive else "candidates (stops early)", leave=False, disable=None):
         at, vector = (i - n_positions, layer), directions[i, layer].float()
         with ablate(model, vector):
             scores["bypass"][at] = refusal_scores(model, tokenizer, harmful_val, batch_size).mean()
@@ -785,8 +787,10 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
                 scores["kl"][at] = kl_divergence(base, next_token_logits(model, tokenizer, harmless_val, batch_size)).mean()
         before, best = best, choose(scores)
         waited = waited + 1 if best == before else 0
-        if best and waited >= patience and not exhaustive:
-            break
+        if best and waited >= patience:
+            early = early or best
+            if not exhaustive:
+                break
     if best is None:
         raise CannotDo(
             f"no direction leaves the model intact (KL <= {KL_MAX}) when it is ablated: choose one by hand with --position and --layer."
@@ -795,6 +799,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
         position=best[0], layer=best[1], vector=directions[best].float(), scores=scores, base_bypass=base_bypass,
         **{name: scores[name][best].item() for name in ("bypass", "kl", "induce")},
         base_induce=log_odds(base, refusal_tokens(tokenizer)).mean().item(), relaxed=not scores["induce"][best] >= INDUCE_MIN,
+        early=early or best,
     )  # fmt: skip
 
 
@@ -1089,6 +1094,11 @@ def find_direction(model, tokenizer, data, args):
         )
         if chosen.relaxed:
             say("", "none of them passes all filters: the one on induce is left out")
+        if args.exhaustive:
+            say(
+                "",
+                f"a search that stops early would have chosen {'the same' if chosen.early == (chosen.position, chosen.layer) else chosen.early}",
+            )
         if chosen.bypass > 0:
             say(
                 "",

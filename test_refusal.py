@@ -736,8 +736,15 @@ def test_select_direction_agrees_with_the_plain_definitions(search, exhaustive):
         measured = chosen.scores[name].isfinite()
         assert measured.any() and (chosen.scores[name].double() - plain)[measured].abs().max() < 1e-3, name
         assert getattr(chosen, name) == pytest.approx(plain[chosen.position, chosen.layer].item(), abs=1e-3)
-    assert (chosen.position, chosen.layer) == oracle[3]
+    assert (chosen.position, chosen.layer) == oracle[3] == chosen.early
     assert chosen.vector.equal(search.arguments[2][oracle[3]].float())
+
+
+def test_an_exhaustive_search_says_where_an_early_stop_would_have_ended(search):
+    for patience in (1, 2, 4):
+        whole = R.select_direction(*search.arguments, patience=patience, exhaustive=True)
+        early = R.select_direction(*search.arguments, patience=patience)
+        assert whole.early == (early.position, early.layer) == early.early
 
 
 def test_without_a_candidate_that_induces_the_filter_is_relaxed_and_says_so(search, monkeypatch):
