@@ -1529,6 +1529,15 @@ def bench(folder="tiny", sample=3):
             bare()
 
     print(line.format("ablated forward, with ablate()'s probe", *ratio(enter, bare)))
+    opening, score = R.read_opening, lambda: R.refusal_scores(model, tokenizer, val[0])
+
+    @contextmanager
+    def reading_all():
+        R.read_opening = lambda model, batch, keep=1: {**batch, "use_cache": False}
+        yield
+        R.read_opening = opening
+
+    print("refusal scores with every opening read {:.3f} s, read once {:.3f} s: {:.2f}x".format(*ratio(score, score, reading_all)))
     bench_growth(train)
 
 
