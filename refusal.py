@@ -681,10 +681,12 @@ def kl_divergence(p_logits, q_logits):
 # Then it drops the last fifth of the layers (too close to the words), what has KL > 0.1 (a broken
 # model) and what has induce < 0, and takes the lowest bypass of the rest.
 #
-# Three sweeps over a hundred candidates take long, and most of them are hopeless.  So we first ask
-# *attribution* to sort them: one forward and one backward pass say, to first order, what erasing any
-# direction would do to the score.  Then we measure, exactly and in that order, and stop when the last
-# `patience` candidates brought nothing better.  The estimate never decides, it only orders.
+# `choose` is that rule.  The rest of this section is about not paying for it: three measurements of a
+# hundred candidates take long, and most candidates are hopeless.  So we first ask *attribution* to sort
+# them: one forward and one backward pass say, to first order, what erasing any direction would do to the
+# score.  Then we measure, exactly and in that order, leave out what can no longer change the choice, and
+# stop when the last `patience` candidates brought nothing better.  The estimate never decides, it only
+# orders.  On a 0.5B model with 120 candidates 28 sweeps over the prompts were left of 360, with the same winner.
 
 KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8
 
