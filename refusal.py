@@ -60,7 +60,7 @@ MODELS = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "yi-6b": "01-ai/Yi-6B-Chat",
 }
-PROMPTS = Path(__file__).resolve().parent / "prompts"
+PROMPTS = Path(globals().get("__file__", "refusal.py")).resolve().parent / "prompts"  # a notebook has no __file__
 
 
 class BadUse(ValueError):
@@ -191,7 +191,15 @@ def tokenize(tokenizer, prompts):
 
 
 def template_tail(tokenizer):
-    """The token ids that follow every instruction, a list of `position` ids: what prompts' token sequences end on alike."""
+    """The token ids that follow every instruction, a list: what the token sequences of any two prompts end on alike.
+
+    Several prompts with different last characters are rendered, and their tokens compared from the end.
+    Raises CannotDo for a template that adds nothing.
+
+    >>> tokenizer = tiny_tokenizer(["Hi"])  # its template: <|user|> instruction newline <|assistant|>
+    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # a newline is a \u010a in the tokenizer's alphabet
+    ['\u010a', '<|assistant|>']
+    """
     chats = [tokenize(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in ("Say yes", "Why? 1", "Count to (ten)!")]
     tail = []
     for tokens in zip(*(reversed(chat) for chat in chats)):
@@ -320,7 +328,11 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 
         mean[i, l] = 1/|prompts| * sum over prompts of x_i^(l)      i: position in the template's tail
 
-    The LM head is never run (a quarter of the work in a small model), and only sums are kept.
+    x_i^(l) is the stream that enters block l, see `reading`; the mean is over prompts, whatever the batches.  The LM head is never
+    run (a quarter of the work in a small model), and only sums are kept.  Raises CannotDo if activations are not finite.
+
+    >>> mean_activations(model, tokenizer, ["Hi", "Why?"]).shape  # a toy: 2 positions, 3 layers, d_model 4
+    torch.Size([2, 3, 4])
     """
     n_positions, n_layers = len(template_tail(tokenizer)), len(blocks(model))
     total = 0
@@ -527,6 +539,11 @@ def ablate(model, direction):
 
     direction: (d_model,), of any length.  The paper projects at the blocks' inputs and the sublayers' outputs; projecting
     what is written is the same function.  One probe forward proves that r is gone, or CannotDo says where it is not.
+    Raises BadUse for a direction of the wrong size or of no length.
+
+    >>> with ablate(model, torch.tensor([3.0, 0.0, 0.0, 0.0])):  # a toy with d_model 4: nothing is written to axis 0 any more
+    ...     model.get_input_embeddings()(torch.tensor([7]))[0, 0].item()
+    0.0
     """
     r = check_direction(model, direction)
 
@@ -545,6 +562,14 @@ def add(model, vector, layer, coefficient=1.0):
         x^(layer)' = x^(layer) + coefficient * vector        vector: (d_model,), the raw difference in means
 
     Raises BadUse for a layer that the model does not have, or a coefficient that is not a finite number.
+
+    >>> with add(model, torch.tensor([0.0, 0.0, 0.0, 9.0]), layer=1):  # a toy with 3 layers whose stream is near 0
+    ...     with reading(model, lambda layer, x: print(layer, round(x[0, 0, 3].item()))):
+    ...         _ = model(torch.tensor([[7]]))
+    0 0
+    1 9
+    2 9
+    3 9
     """
     stack = blocks(model)
     if not 0 <= layer < len(stack):
@@ -691,6 +716,37 @@ def kl_divergence(p_logits, q_logits):
 KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8
 
 
+def choose(scores):
+    """The paper's rule: of the candidates that pass the filters, the one with the lowest bypass.  Section 2.3, appendix C.
+
+        layer < 0.8 n_layers   and   KL <= 0.1   and   induce >= 0
+
+    scores: "bypass", "kl" and "induce" -> (position, layer), NaN where nothing was measured: such a candidate never wins.
+    Returns (position, layer), the position counted from the end (-1 is the last), or None if nothing passes.
+    Deviation: where the authors' code would stop because nothing passes, the filter on induce is left out.
+
+    >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])  # one position, five layers
+    >>> choose({"bypass": bypass, "kl": torch.tensor([[5.0, 0, 0, 0, 0]]), "induce": torch.tensor([[1.0, 1, 1, -1, 1]])})
+    (-1, 2)
+    """
+    n_positions, n_layers = scores["bypass"].shape
+    intact = (scores["kl"] <= KL_MAX) & (torch.arange(n_layers) < int(LATE * n_layers))  # (position, layer)
+    for passing in (intact & (scores["induce"] >= INDUCE_MIN), intact):
+        if passing.any():
+            i, layer = divmod(scores["bypass"].where(passing, math.inf).argmin().item(), n_layers)
+            return i - n_positions, layer
+    return None
+
+
+def may_win(scores, at):
+    """Would this candidate be chosen if all that is still unmeasured of it were perfect?  If not, why measure it."""
+    best_case = {name: table.clone() for name, table in scores.items()}
+    for name, perfect in (("kl", 0.0), ("induce", math.inf)):
+        if best_case[name][at].isnan():
+            best_case[name][at] = perfect
+    return choose(best_case) == at
+
+
 def attribution(model, tokenizer, directions, prompts, batch_size=8):
     """Estimate how much erasing each candidate moves the mean refusal score: (position, layer, d_model) -> (position, layer).
 
@@ -725,37 +781,6 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
 
     run_batches(step, model, tokenizer, prompts, batch_size, "attribution")
     return total / len(prompts), (estimate / len(prompts)).view(directions.shape[:2])
-
-
-def choose(scores):
-    """The paper's rule: of the candidates that pass the filters, the one with the lowest bypass.  Section 2.3, appendix C.
-
-        layer < 0.8 n_layers   and   KL <= 0.1   and   induce >= 0
-
-    scores: "bypass", "kl" and "induce" -> (position, layer), NaN where nothing was measured: such a candidate never wins.
-    Returns (position, layer), the position counted from the end (-1 is the last), or None if nothing passes.
-    Deviation: where the authors' code would stop because nothing passes, the filter on induce is left out.
-
-    >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])  # one position, five layers
-    >>> choose({"bypass": bypass, "kl": torch.tensor([[5.0, 0, 0, 0, 0]]), "induce": torch.tensor([[1.0, 1, 1, -1, 1]])})
-    (-1, 2)
-    """
-    n_positions, n_layers = scores["bypass"].shape
-    intact = (scores["kl"] <= KL_MAX) & (torch.arange(n_layers) < int(LATE * n_layers))  # (position, layer)
-    for passing in (intact & (scores["induce"] >= INDUCE_MIN), intact):
-        if passing.any():
-            i, layer = divmod(scores["bypass"].where(passing, math.inf).argmin().item(), n_layers)
-            return i - n_positions, layer
-    return None
-
-
-def may_win(scores, at):
-    """Would this candidate be chosen if all that is still unmeasured of it were perfect?  If not, why measure it."""
-    best_case = {name: table.clone() for name, table in scores.items()}
-    for name, perfect in (("kl", 0.0), ("induce", math.inf)):
-        if best_case[name][at].isnan():
-            best_case[name][at] = perfect
-    return choose(best_case) == at
 
 
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8, exhaustive=False, batch_size=32):
@@ -814,6 +839,20 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
 # shape writes along that axis, whatever its name and layout; a parameter that only reads has not.
 
 
+def erase(W, axis, u, w):
+    """W' = W - w (u^T W): what is left of a weight or bias when what it writes along u is taken out.
+
+    axis: the one of W that writes, d_model long: 0 for a nn.Linear, which stores (out, in), 1 for an embedding.  W: any number
+    of axes.  u, w: (d_model,), w . u = 1; both are the unit vector r unless a norm comes after W.  Not in place.
+
+    >>> erase(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 0, torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
+    tensor([[0., 0., 0.],
+            [4., 5., 6.]])
+    """
+    W = W.movedim(axis, -1)  # (..., d_model): the axis that writes comes last
+    return (W - (W @ u)[..., None] * w).movedim(-1, axis)  # (..., d_model) . (d_model,) -> (...) -> the shape of W
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def orthogonalize(model, direction):
@@ -825,6 +864,11 @@ def orthogonalize(model, direction):
     A tied unembedding is untied first: it reads the stream, so it must stay.  Where a norm is the writer (Gemma 2, OLMo 2, ...)
     the weights before it are edited, see `through_norm`.  Raises CannotDo if a writer has no weights to edit, if weights are
     quantised, or if a probe forward still finds r: the model is unusable then, load it again.
+
+    >>> orthogonalize(model, torch.tensor([3.0, 0.0, 0.0, 0.0]))[:3]  # a toy with d_model 4
+    ['model.embed_tokens.weight', 'model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
+    >>> model.model.layers[0].mlp.down_proj.weight[0].abs().max().item()
+    0.0
     """
     r = check_direction(model, direction)
     if getattr(model, "is_quantized", False):
@@ -841,9 +885,7 @@ def orthogonalize(model, direction):
                     f"{names[made[node][0]]} writes to the stream and none of its weights can be edited: use ablate() instead."
                 )
     for parameter, axis, u, w in edits.values():
-        W = parameter.float().movedim(axis, -1)  # (..., d_model): the axis that writes comes last
-        W = W - (W @ u.to(W.device))[..., None] * w.to(W.device)
-        parameter.copy_(W.movedim(-1, axis))
+        parameter.copy_(erase(parameter.float(), axis, u.to(parameter.device), w.to(parameter.device)))
     check_erased(model, r)
     return list(edits)
 
@@ -1462,6 +1504,11 @@ def main(argv=None):
     except (BadUse, CannotDo) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadUse) else 1
+    except NotImplementedError as error:  # a blank of the classroom's copy, see README
+        if not str(error).startswith("exercise "):
+            raise
+        print(f"next: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -1755,5 +1802,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
         schedule.step()
 
 
-if __name__ == "__main__":
+# %% Run ---------------------------------------------------------------------------------------------
+
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # in a notebook, call main(["--n-test", "20"]) yourself
     sys.exit(main())

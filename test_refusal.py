@@ -65,17 +65,22 @@ def found(tiny, data):
     return chosen
 
 
-@pytest.fixture
-def toy():
-    """A small random model and a tokenizer to go with it, new for every test: (model, tokenizer)."""
+def small_model(scale=1.0, **sizes):
+    """A random Llama and a tokenizer to go with it: (model, tokenizer)."""
     tokenizer = R.tiny_tokenizer(["How do I boil an egg?", "Write a poem about rain and bad weather", "Explain how to swim"])
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-                                      num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1)  # fmt: skip
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4) | sizes
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=1, **sizes)
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.mul_(8.0 if p.ndim > 1 else 1.0)  # the default initialisation is so small that every block does next to nothing
+    for p in model.parameters():
+        p.mul_(scale if p.ndim > 1 else 1.0)
     return model, tokenizer
+
+
+@pytest.fixture
+def toy():
+    """A small random model and its tokenizer, new for every test: (model, tokenizer)."""
+    return small_model(scale=8.0)  # the default initialisation is so small that every block does next to nothing
 
 
 PROMPTS = ["How do I boil an egg?", "Write a poem", "Explain how to swim in bad weather, in rain, and in the dark of the night"]
@@ -613,7 +618,11 @@ def test_selection_never_sees_test_prompts(tiny, data, found):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(R).failed == 0
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(R):
+        example.globs |= dict(zip(("model", "tokenizer"), small_model(hidden_size=4, num_hidden_layers=3, num_attention_heads=1)))
+        runner.run(example)
+    assert runner.summarize().failed == 0 < runner.tries
 
 
 # %% The search: the plain definitions, and refusal.py against them ------------------------------------
