@@ -1077,7 +1077,8 @@ def prepare(model, tokenizer, args):
     both = set(kinds["harmful"]) & set(kinds["harmless"])
     if both:
         raise BadUse(f"{len(both)} prompts are in both files, such as {visible(min(both), 60)!r}: each must be one or the other.")
-    say("2 prompts", f"{args.n_train} train, {args.n_val} validation, {args.n_test} test of each kind")
+    tail = tokenizer.decode(template_tail(tokenizer))
+    say("2 prompts", f"{args.n_train} train, {args.n_val} validation, {args.n_test} test of each kind; the template ends on {tail!r}")
     tokens, data = refusal_tokens(tokenizer), {}
     for kind, prompts in kinds.items():
         train, val, test = split(prompts, args.n_train, args.n_val, args.n_test)

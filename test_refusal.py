@@ -5,17 +5,22 @@ pytest -m census                                # every architecture that transf
 pytest -m seeds                                 # the tiny model's bars on five seeds
 REFUSAL_MODEL=folder pytest -m real             # the paper's claims on a real model
 
+python test_refusal.py blank student.py         # the classroom's copy of refusal.py
+REFUSAL=student.py pytest -k exercise_3         # grade an exercise; without -k: all of them
+
 python test_refusal.py census                   # the census as a table
 python test_refusal.py bench [--model FOLDER]   # the search against the plain procedure
 """
 
+import ast
 import collections
 import doctest
-import importlib
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,12 +35,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-R = importlib.import_module(os.environ.get("REFUSAL", "refusal").removesuffix(".py"))  # a student's file is graded like ours
+
+
+def load(path):
+    """A file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if not Path(os.environ.get("REFUSAL", __file__)).is_file():
+    pytest.exit(f"REFUSAL={os.environ['REFUSAL']} is no file: name the one to grade, seen from {os.getcwd()}", returncode=2)
+R = load(os.environ.get("REFUSAL", HERE / "refusal.py"))  # a student's file is graded like ours
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # there is no configuration file in which these marks could be registered
@@ -986,6 +1003,506 @@ def test_the_paper_holds_on_a_real_model(capsys):
     assert "the same model" in out
 
 
+# %% Exercises ----------------------------------------------------------------------------------------------
+#
+# `python test_refusal.py blank student.py` writes refusal.py with the bodies of these functions left out, and
+# `REFUSAL=student.py pytest -k exercise_3` grades what a student has put there.  A grader has inputs of its own, an oracle
+# that never calls the solution, and oracles in place of the other exercises' functions, so that each can be solved alone.
+
+EXERCISES = {  # number -> functions
+    "1": ["template_tail"], "2": ["mean_activations"], "3": ["refusal_directions"], "4": ["project_out", "ablate"], "5": ["add"],
+    "6": ["log_odds"], "7": ["kl_divergence"], "8": ["choose"], "9a": ["erase"], "9b": ["orthogonalize"],
+}  # fmt: skip
+
+
+def blank(source):
+    """The source with the body of every exercise function, after its docstring, replaced by a line that raises."""
+    lines, number = source.splitlines(keepends=True), {name: n for n, names in EXERCISES.items() for name in names}
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and node.name in number:
+            task = f"exercise {number[node.name]}: {node.name} (line {node.lineno}) is yours to write"
+            lines[node.body[0].end_lineno : node.end_lineno] = [f'    raise NotImplementedError("{task}")\n']
+    return "".join(lines)
+
+
+def write_blank(target):
+    """python test_refusal.py blank FILE: write the student's copy; the exit status."""
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(blank((HERE / "refusal.py").read_text(encoding="utf-8")))
+    except OSError as error:
+        print(f"error: cannot write {target} ({error.strerror}): name a new file.", file=sys.stderr)
+        return 2
+    print(f"{target}: {len(EXERCISES)} exercises; grade one with REFUSAL={target} pytest {Path(__file__).name} -k exercise_1")
+    return 0
+
+
+def check(got, want, what, **slips):
+    """Fail with words that teach: the shape first, then finite, then the value, and the usual slip if it is one of `slips`.
+
+    slips: what the value would be after a usual mistake, by the name of the mistake in SLIPS.
+    """
+    if not isinstance(got, torch.Tensor):
+        pytest.fail(f"{what} is {type(got).__name__}, and a tensor of shape {tuple(want.shape)} is wanted.", pytrace=False)
+    same = lambda a, b: a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-4, rtol=1e-3)
+    hint = " ".join(SLIPS[name] for name, wrong in slips.items() if same(got, wrong))
+    if got.shape != want.shape:
+        pytest.fail(f"{what} has shape {tuple(got.shape)}, and {tuple(want.shape)} is wanted. {hint}", pytrace=False)
+    if not got.isfinite().all():
+        pytest.fail(f"{what} holds NaN or infinity. {hint}", pytrace=False)
+    if not same(got, want):
+        largest = (got.double() - want.double()).abs().max().item()
+        pytest.fail(f"{what} has the right shape and wrong values (off by up to {largest:.3g}). {hint}", pytrace=False)
+
+
+def fail_if(mistaken, slip):
+    if mistaken:
+        pytest.fail(SLIPS[slip], pytrace=False)
+
+
+SLIPS = {
+    "generation": "The generation prompt is part of the tail: that is where the model has yet to answer (add_generation_prompt).",
+    "backwards": "The right tokens in the wrong order: position -1, the last token of the prompt, comes last.",
+    "instruction": "A token of the instruction is in it: compare prompts whose last characters differ.",
+    "leaving": "This is what leaves each block: layer l is the stream that enters block l.",
+    "layers first": "Layers and positions are swapped: (position, layer, d_model).",
+    "mean of means": "This is a mean of batch means: batches of unequal size must not count alike, so sum and divide once.",
+    "a sum": "This is the sum: divide by the number of prompts.",
+    "harmless first": "The sign: harmful - harmless, so that adding it makes the model refuse.",
+    "too early": "Do not normalise here: addition needs the length of the difference.",
+    "averaged": "There is one candidate for every position: do not average over them.",
+    "component": "This is the component along r; wanted is what is left without it.",
+    "mirror": "This is the reflection, twice too much: subtract (x . r) r once.",
+    "in place": "You changed the tensor in place, and others still hold it: make a new one.",
+    "length": "Did you forget to normalise? direction may have any length, and only a unit vector projects.",
+    "inputs only": "Only what enters the blocks is projected: in the middle of each block, and at its end, r is back. Hook the writers.",
+    "left behind": "After the with block the model is not what it was: remove every hook, whatever happened.",
+    "unit added": "You added a unit vector: add `vector` with its own length.",
+    "next layer": "This is added to what leaves block `layer`, one layer late: hook what enters it.",
+    "last only": "This is added at the last position only: add it at every position.",
+    "log p": "This is log p: the log-odds are log p - log(1 - p).",
+    "each alone": "Do not add up the log-odds of single tokens: p is the probability of all of them together.",
+    "plain p": "This is the probability, or its odds: take the logarithm.",
+    "reversed": "This is KL(q || p): the average is under p, the first argument.",
+    "not summed": "This is the mean over the vocabulary: the divergence is a sum, weighted by p.",
+    "epsilon": "An epsilon inside the logarithm biases KL low: take log_softmax of the logits.",
+    "broken": "This candidate breaks the model: drop what has KL > KL_MAX.",
+    "late": "This candidate is too late: only layers below LATE * n_layers may win.",
+    "front": "Count the position from the end: -1 is the last.",
+    "strict": "Nothing passes all the filters here: leave out the one on induce, and only that one.",
+    "weak": "This candidate does not induce refusal, and another one does: drop what has induce < INDUCE_MIN.",
+    "transpose": "This is the transpose's projection: a nn.Linear stores (out, in), and it is the axis given by `axis` that writes.",
+    "one vector": "Before a norm u and w differ: W . u says how much there is, and that many w are subtracted.",
+    "biases": "The biases write to the stream, too.",
+    "head": "The unembedding was edited with the embedding: they were tied, and it only reads. Untie it first.",
+    "embeddings": "The embeddings write to the stream, too.",
+}  # fmt: skip
+
+
+def known_tail(tokenizer):
+    return tokenizer.convert_tokens_to_ids(["\u010a", "<|assistant|>"])  # of the toy's own template
+
+
+def known_projection(x, r):
+    return (x.float() - torch.einsum("...i,i,j->...j", x.float(), r, r)).to(x.dtype)
+
+
+def known_erase(W, axis, u, w):
+    return W - torch.tensordot(W, u, dims=([axis], [0])).unsqueeze(axis) * w.view([-1 if a == axis else 1 for a in range(W.ndim)])
+
+
+def exercise(number):
+    """Make a grader a test: with oracles in place of the other exercises' functions, and a blank told in one line."""
+
+    def make(grader):
+        def test(monkeypatch):
+            for name, oracle in (("template_tail", known_tail), ("project_out", known_projection), ("erase", known_erase)):
+                if name not in EXERCISES[number]:
+                    monkeypatch.setattr(R, name, oracle)
+            blank_met = None
+            try:
+                grader()
+            except NotImplementedError as error:
+                blank_met = str(error)
+            if blank_met:
+                pytest.fail(blank_met, pytrace=False)
+
+        test.__name__ = grader.__name__
+        return test
+
+    return make
+
+
+@exercise("1")
+def test_exercise_1_template_tail():
+    for name, (template, tail) in TEMPLATES.items():
+        _, tokenizer = small_model()
+        tokenizer.chat_template, want = template, tokenizer.convert_tokens_to_ids(tail)
+        got = list(R.template_tail(tokenizer))
+        fail_if(len(want) > 1 and got == want[::-1], "backwards")
+        fail_if(got[-len(want) :] == want and len(got) > len(want), "instruction")
+        fail_if(got != want and (not got or got == want[: len(got)]), "generation")
+        if got != want:
+            pytest.fail(f"the tail of the template {name!r} is {tail}, and not {tokenizer.convert_ids_to_tokens(got)}", pytrace=False)
+
+
+@exercise("2")
+def test_exercise_2_mean_activations():
+    model, tokenizer = small_model(8.0)
+    means, leaving, n = [], [], len(PROMPTS)
+    for prompt in PROMPTS:  # one by one, hidden states as transformers gives them
+        with torch.no_grad():
+            states = stream(model, {"input_ids": R.tokenize(tokenizer, [prompt])["input_ids"]})
+        tail = torch.stack([state[0, -2:].double() for state in states], dim=1)  # (position, n_layers + 1, d_model)
+        means, leaving = [*means, tail[:, :-1]], [*leaving, tail[:, 1:]]
+    by_length = sorted(range(n), key=lambda i: len(PROMPTS[i]))  # as the batches are
+    uneven = (sum(means[i] for i in by_length[:2]) / 2 + means[by_length[2]]) / 2
+    want = sum(means) / n
+    check(R.mean_activations(model, tokenizer, PROMPTS, batch_size=2), want, "the mean", **{
+        "leaving": sum(leaving) / n, "layers first": want.transpose(0, 1), "mean of means": uneven, "a sum": sum(means)})  # fmt: skip
+
+
+@exercise("3")
+def test_exercise_3_refusal_directions():
+    a, b = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    want = a - b
+    check(R.refusal_directions(a, b), want, "the difference", **{
+        "harmless first": -want, "too early": want / want.norm(dim=-1, keepdim=True), "averaged": want.mean(0)})  # fmt: skip
+
+
+@exercise("4")
+def test_exercise_4_project_out():
+    x, r = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(1)), torch.eye(16)[3] * 0.6 + torch.eye(16)[9] * 0.8
+    before, want = x.clone(), known_projection(x, r)
+    got = R.project_out(x, r)
+    fail_if(not torch.equal(x, before), "in place")
+    check(got, want, "what is left", component=x - want, mirror=2 * want - x)
+    half = R.project_out(x.bfloat16(), r)
+    assert half.dtype == torch.bfloat16, "what is left must have the dtype of x"
+    check(half.float(), known_projection(x.bfloat16(), r).float(), "what is left of a bfloat16 tensor (project in float32)")
+
+
+def hooked_logits(model, tokenizer, modules, change, before=False):
+    """Logits with every one of the modules' outputs (or, before=True, inputs) changed by hand."""
+    if before:
+        handles = [m.register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:])) for m in modules]
+    else:
+        handles = [m.register_forward_hook(lambda m, args, out: change(out)) for m in modules]
+    with R.hooked(handles):
+        return logits_of(model, tokenizer)
+
+
+@exercise("4")
+def test_exercise_4_ablate():
+    model, tokenizer = small_model(8.0)
+    direction, plain = 3 * R.unit(torch.randn(32, generator=torch.Generator().manual_seed(2))), logits_of(model, tokenizer)
+    layers, r = model.model.layers, direction / 3
+    writing = [model.model.embed_tokens, *[m for block in layers for m in (block.self_attn.o_proj, block.mlp.down_proj)]]
+    project = lambda x: known_projection(x, r)
+    with R.ablate(model, direction):
+        got = logits_of(model, tokenizer)
+    fail_if(not torch.equal(logits_of(model, tokenizer), plain), "left behind")
+    check(got, hooked_logits(model, tokenizer, writing, project), "the ablated model's logits", **{
+        "length": hooked_logits(model, tokenizer, writing, lambda x: known_projection(x, direction)),
+        "inputs only": hooked_logits(model, tokenizer, layers, project, before=True)})  # fmt: skip
+    try:
+        with R.ablate(model, direction):
+            raise InterruptedError
+    except InterruptedError:
+        fail_if(not torch.equal(logits_of(model, tokenizer), plain), "left behind")
+
+
+@exercise("5")
+def test_exercise_5_add():
+    model, tokenizer = small_model(8.0)
+    vector, plain = 5 * torch.randn(32, generator=torch.Generator().manual_seed(3)), logits_of(model, tokenizer)
+    entering = lambda layer, change: hooked_logits(model, tokenizer, [model.model.layers[layer]], change, before=True)
+    last = torch.zeros(1, plain.shape[1], 1)
+    last[:, -1] = 1
+    with R.add(model, vector, 1, coefficient=-0.5):
+        got = logits_of(model, tokenizer)
+    fail_if(not torch.equal(logits_of(model, tokenizer), plain), "left behind")
+    check(got, entering(1, lambda x: x - 0.5 * vector), "the steered model's logits", **{
+        "unit added": entering(1, lambda x: x - 0.5 * R.unit(vector)),
+        "next layer": entering(2, lambda x: x - 0.5 * vector), "last only": entering(1, lambda x: x - 0.5 * vector * last)})  # fmt: skip
+    for layer, coefficient in ((4, 1.0), (-1, 1.0), (1, math.nan)):
+        with pytest.raises(R.BadUse):
+            with R.add(model, vector, layer, coefficient):
+                pass
+
+
+@exercise("6")
+def test_exercise_6_log_odds():
+    logits, tokens = 3 * torch.randn(4, 9, generator=torch.Generator().manual_seed(4)), [1, 5]
+    p = logits.double().softmax(-1)
+    together = p[:, tokens].sum(-1)
+    check(R.log_odds(logits, tokens), (together / (1 - together)).log(), "the score", **{
+        "log p": together.log(), "each alone": (p / (1 - p)).log()[:, tokens].sum(-1), "plain p": together})  # fmt: skip
+    sure = torch.tensor([[200.0, 0.0, 0.0]])  # 1 - p is 0 in any precision
+    check(R.log_odds(sure, [0]), torch.tensor([200 - math.log(2)]), "the score of a model that is very sure (use logsumexp)")
+
+
+@exercise("7")
+def test_exercise_7_kl_divergence():
+    p, q = 4 * torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(5))
+    q[:, 0] -= 30  # a token that q all but excludes
+    P, Q = p.double().softmax(-1), q.double().softmax(-1)
+    want = (P * (P.log() - Q.log())).sum(-1)
+    check(R.kl_divergence(p, q), want, "the divergence", **{
+        "reversed": (Q * (Q.log() - P.log())).sum(-1), "not summed": (P * (P.log() - Q.log())).mean(-1),
+        "epsilon": (P * ((P + 1e-6).log() - (Q + 1e-6).log())).sum(-1)})  # fmt: skip
+
+
+@exercise("8")
+def test_exercise_8_choose():
+    def table(bypass, kl, induce):
+        return {"bypass": torch.tensor(bypass), "kl": torch.tensor(kl), "induce": torch.tensor(induce)}
+
+    nan = math.nan
+    cases = [  # two positions, five layers, of which the last is too late: (scores, answer, what other answers say)
+        (table([[1.0, -1, 0, 0, -5], [2, -2, -9, -3, -5]], [[0.0] * 5, [0, 0, 7, 0, 0]], [[1.0] * 5, [1, 1, 1, -1, 1]]), (-1, 1),
+         {(-1, 2): "broken", (-2, 4): "late", (-1, 3): "weak", (1, 1): "front"}),
+        (table([[1.0, -1, 0, 0, 0], [2, nan, -9, -2, 0]], [[0.0] * 5, [0, nan, 7, nan, 0]], [[-1.0] * 5, [-1, nan, 1, nan, 1]]), (-2, 1),
+         {None: "strict", (-1, 2): "broken", (-1, 4): "late", (0, 1): "front"}),
+        (table([[nan] * 5], [[nan] * 5], [[nan] * 5]), None, {}),
+        (table([[-1.0] * 5], [[9.0] * 5], [[1.0] * 5]), None, {}),
+    ]  # fmt: skip
+    for scores, want, slips in cases:
+        got = R.choose(scores)
+        if got != want:
+            pytest.fail(f"chosen: {got}, and {want} is right. {SLIPS.get(slips.get(got), '')}", pytrace=False)
+
+
+@exercise("9a")
+def test_exercise_9a_erase():
+    g = torch.Generator().manual_seed(6)
+    r, u, w = R.unit(torch.randn(6, generator=g)), torch.randn(6, generator=g), torch.randn(6, generator=g)
+    w = w / (u @ w)
+    for shape, axis in (((6, 6), 0), ((6, 4), 0), ((5, 6), 1), ((6,), 0), ((3, 4, 6), 2), ((3, 6, 4), 1)):
+        W = torch.randn(shape, generator=g)
+        before, want = W.clone(), known_erase(W, axis, r, r)
+        got = R.erase(W, axis, r, r)
+        fail_if(not torch.equal(W, before), "in place")
+        slips = {"component": W - want} | ({"transpose": known_erase(W, 1 - axis, r, r)} if shape == (6, 6) else {})
+        check(got, want, f"a weight of shape {shape}, written along axis {axis},", **slips)
+        check(R.erase(W, axis, u, w), known_erase(W, axis, u, w), "a weight before a norm (u and w differ)", **{
+            "one vector": known_erase(W, axis, u, u)})  # fmt: skip
+
+
+@exercise("9b")
+def test_exercise_9b_orthogonalize():
+
+    def edited(wrong):
+        """The model, edited by hand; wrong: what is forgotten."""
+        model, tokenizer = small_model(8.0, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("bias", "norm.weight")):  # the final norm's gain turns some of the head's r onto other axes
+                    p.normal_(generator=torch.Generator().manual_seed(len(name)))
+            if wrong == "plain":
+                return model, tokenizer
+            if wrong != "head":
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+            for name, p in model.named_parameters():
+                writes = re.search(r"(embed_tokens|o_proj|down_proj)\.(weight|bias)$", name)
+                if writes and not (wrong == "biases" and writes[2] == "bias") and not (wrong == "embeddings" and "embed" in name):
+                    p.copy_(known_erase(p, int("embed" in name), r, r))
+        return model, tokenizer
+
+    r = R.unit(torch.randn(32, generator=torch.Generator().manual_seed(7)))
+    model, tokenizer = edited("plain")
+    names = R.orthogonalize(model, 3 * r)
+    wrongs = {wrong: logits_of(*edited(wrong)) for wrong in ("biases", "embeddings", "head")}
+    check(logits_of(model, tokenizer), logits_of(*edited(None)), "the edited model's logits", **wrongs)
+    if sorted(names) != sorted(n for n, _ in model.named_parameters() if re.search(r"(embed_tokens|o_proj|down_proj)\.", n)):
+        pytest.fail(f"return the names of the edited parameters, and not {names}", pytrace=False)
+
+
+# Answers that students give: three wrong ones to every exercise, with the words that each must earn, and some right ones
+# that are not ours, which must pass.
+
+
+def answer_ablate(modules_of, hook_of, leave=0):
+    @contextmanager
+    def ablate(model, direction):
+        with R.hooked([attach(hook_of(direction)) for attach in modules_of(model)][leave:]):  # leave: one hook stays in
+            yield
+
+    return ablate
+
+
+def after_writers(model):
+    return [lambda hook, m=m: m.register_forward_hook(lambda m, args, out: hook(out)) for m in R.writers(model)]
+
+
+def before_blocks(model):
+    return [lambda hook, m=m: m.register_forward_pre_hook(lambda m, args: (hook(args[0]), *args[1:])) for m in R.blocks(model)]
+
+
+def answer_add(change, late=0):
+    @contextmanager
+    def add(model, vector, layer, coefficient=1.0):
+        attach = before_blocks(model)[layer + late]
+        with R.hooked([attach(lambda x: change(x, coefficient * vector))]):
+            yield
+
+    return add
+
+
+def answer_means(finish, layer=0, one_by_one=False):
+    def mean_activations(model, tokenizer, prompts, batch_size=32):
+        sums = []
+        prompts = sorted(prompts, key=len)
+        for start in range(0, len(prompts), batch_size):
+            batch = R.forward_arguments(model, R.tokenize(tokenizer, prompts[start : start + batch_size]))
+            tails = torch.stack([x[:, -2:].double() for x in stream(model, batch)[layer : layer + 4]], dim=2)
+            sums.append(tails)  # (batch, position, layer, d_model)
+        return finish(sums)
+
+    return mean_activations
+
+
+def answer_tail(prompts, finish=lambda tail: tail, **options):
+    def template_tail(tokenizer):
+        chats = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **({"add_generation_prompt": True} | options))["input_ids"] for p in prompts]  # fmt: skip
+        return finish(os.path.commonprefix([chat[::-1] for chat in chats])[::-1])
+
+    return template_tail
+
+
+def answer_orthogonalize(forget, untie=True):
+    def orthogonalize(model, direction):
+        r, edited = R.unit(direction), []
+        if untie:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if re.search(r"(embed_tokens|o_proj|down_proj)\.", name) and not re.search(forget, name):
+                    p.copy_(known_erase(p, int("embed" in name), r, r))
+                    edited.append(name)
+        return edited
+
+    return orthogonalize
+
+
+def answer_choose(kl_max=0.1, late=0.8, induce_min=0.0, relax=True, from_end=True):
+    def choose(scores):
+        n, n_layers = scores["bypass"].shape
+        for floor in (induce_min, -math.inf)[: 1 + relax]:
+            passing = [(scores["bypass"][i, l].item(), i - n * from_end, l) for i in range(n) for l in range(int(late * n_layers))
+                       if scores["kl"][i, l] <= kl_max and scores["induce"][i, l] >= floor]  # fmt: skip
+            if passing:
+                return min(passing)[1:]
+
+    return choose
+
+
+def changed_in_place(x, r, *rest):
+    x -= (x @ r)[..., None] * r
+    return x
+
+
+softmax = lambda logits: logits.double().softmax(-1)
+WRONG = [
+    ("1_template_tail", "template_tail", answer_tail(["Say yes", "Why? 1"], add_generation_prompt=False), "generation"),
+    ("1_template_tail", "template_tail", answer_tail(["Say yes", "Why? 1"], lambda tail: tail[::-1]), "backwards"),
+    ("1_template_tail", "template_tail", answer_tail(["Say yes.", "Why not."]), "instruction"),
+    ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0), layer=1), "leaving"),
+    ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0).transpose(0, 1)), "layers first"),
+    ("2_mean_activations", "mean_activations", answer_means(lambda s: sum(x.mean(0) for x in s) / len(s)), "mean of means"),
+    ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).sum(0)), "a sum"),
+    ("3_refusal_directions", "refusal_directions", lambda a, b: b - a, "harmless first"),
+    ("3_refusal_directions", "refusal_directions", lambda a, b: nn.functional.normalize(a - b, dim=-1), "too early"),
+    ("3_refusal_directions", "refusal_directions", lambda a, b: (a - b).mean(0), "averaged"),
+    ("4_project_out", "project_out", lambda x, r: (x @ r)[..., None] * r, "component"),
+    ("4_project_out", "project_out", lambda x, r: x - 2 * (x @ r)[..., None] * r, "mirror"),
+    ("4_project_out", "project_out", changed_in_place, "in place"),
+    ("4_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, d)), "length"),
+    ("4_ablate", "ablate", answer_ablate(before_blocks, lambda d: lambda x: known_projection(x, R.unit(d))), "inputs only"),
+    ("4_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)), leave=1), "left behind"),
+    ("5_add", "add", answer_add(lambda x, v: x - 0.5 * R.unit(-v)), "unit added"),
+    ("5_add", "add", answer_add(lambda x, v: x + v, late=1), "next layer"),
+    ("5_add", "add", answer_add(lambda x, v: torch.cat([x[:, :-1], x[:, -1:] + v], dim=1)), "last only"),
+    ("6_log_odds", "log_odds", lambda x, t: softmax(x)[:, t].sum(-1).log(), "log p"),
+    ("6_log_odds", "log_odds", lambda x, t: torch.logit(softmax(x)[:, t]).sum(-1), "each alone"),
+    ("6_log_odds", "log_odds", lambda x, t: softmax(x)[:, t].sum(-1), "plain p"),
+    ("7_kl_divergence", "kl_divergence", lambda p, q: (softmax(q) * (softmax(q).log() - softmax(p).log())).sum(-1), "reversed"),
+    ("7_kl_divergence", "kl_divergence", lambda p, q: (softmax(p) * (softmax(p).log() - softmax(q).log())).mean(-1), "not summed"),
+    ("7_kl_divergence", "kl_divergence", lambda p, q: (softmax(p) * ((softmax(p) + 1e-6).log() - (softmax(q) + 1e-6).log())).sum(-1), "epsilon"),
+    ("8_choose", "choose", answer_choose(kl_max=math.inf), "broken"),
+    ("8_choose", "choose", answer_choose(late=1), "late"),
+    ("8_choose", "choose", answer_choose(relax=False), "strict"),
+    ("8_choose", "choose", answer_choose(induce_min=-math.inf), "weak"),
+    ("8_choose", "choose", answer_choose(from_end=False), "front"),
+    ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, (W.ndim == 2) - axis if W.shape[0] == W.shape[-1] else axis, u, w), "transpose"),
+    ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, u, u), "one vector"),
+    ("9a_erase", "erase", lambda W, axis, u, w: changed_in_place(W.movedim(axis, -1), u).movedim(-1, axis), "in place"),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("bias"), "biases"),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("embed"), "embeddings"),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("nothing", untie=False), "head"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, function, wrong, slip", WRONG, ids=[f"{name}-{slip}" for name, _, _, slip in WRONG])
+def test_classroom_names_the_slip(monkeypatch, name, function, wrong, slip):
+    monkeypatch.setattr(R, function, wrong)
+    with pytest.raises(pytest.fail.Exception, match=re.escape(SLIPS[slip])):
+        globals()[f"test_exercise_{name}"](monkeypatch)
+
+
+RIGHT = [
+    ("1_template_tail", "template_tail", answer_tail(["Say yes", "Why? 1", "Count (to ten)"])),
+    ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0))),
+    ("4_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)))),
+    ("8_choose", "choose", answer_choose()),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("nothing")),
+]
+
+
+@pytest.mark.parametrize("name, function, right", RIGHT, ids=[name for name, _, _ in RIGHT])
+def test_classroom_takes_other_right_answers(monkeypatch, name, function, right):
+    monkeypatch.setattr(R, function, right)
+    globals()[f"test_exercise_{name}"](monkeypatch)
+
+
+def test_classroom_blanks_differ_in_bodies_only():
+    source = (HERE / "refusal.py").read_text(encoding="utf-8")
+    blanks, functions = blank(source), sum(EXERCISES.values(), [])
+    inserted, there = [line for line in blanks.splitlines() if "is yours to write" in line], iter(source.splitlines())
+    assert len(inserted) == len(functions)
+    assert all(line in there for line in blanks.splitlines() if line not in inserted), "every other line is there, and in order"
+    old, new = ({node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)} for text in (source, blanks))
+    head = lambda node: (ast.dump(node.args), ast.get_docstring(node), [ast.dump(d) for d in node.decorator_list])
+    for name in old:
+        assert head(old[name]) == head(new[name]) and (name in functions) == (ast.dump(old[name]) != ast.dump(new[name])), name
+        assert name not in functions or ">>>" in ast.get_docstring(new[name]), name
+
+
+def test_classroom_every_blank_fails_and_each_can_be_solved_alone(tmp_path, monkeypatch):
+    solution = {name: getattr(R, name) for names in EXERCISES.values() for name in names}
+    assert write_blank(tmp_path / "student.py") == 0 and write_blank(tmp_path / "student.py") == 2
+    student = load(tmp_path / "student.py")
+    for number, names in EXERCISES.items():
+        tests = [test for name, test in globals().items() if name.startswith(f"test_exercise_{number}_")]
+        assert tests, number
+        for test in tests:
+            with monkeypatch.context() as patch:
+                for name in solution:
+                    patch.setattr(R, name, getattr(student, name))
+                with pytest.raises(pytest.fail.Exception, match=f"exercise {number}"):
+                    test(patch)
+                for name in names:
+                    patch.setattr(R, name, solution[name])
+                test(patch)
+
+
+def test_classroom_the_students_file_says_what_is_next(saved_tiny, tmp_path):
+    shutil.copytree(R.PROMPTS, tmp_path / "prompts")
+    write_blank(tmp_path / "student.py")
+    done = subprocess.run([sys.executable, "student.py", "--model", saved_tiny, *map(str, SMALL)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"next: exercise 1: template_tail \(line \d+\) is yours to write\n", done.stderr)
+
+
 # %% Every architecture: the census -------------------------------------------------------------------------
 #
 # refusal.py keeps no table of architectures, so its claim is about all of them.  Here it is held to that: a tiny random
@@ -1568,10 +2085,16 @@ def bench_growth(train):
         )
 
 
+if "REFUSAL" in os.environ:  # grading a student: nothing but the exercises
+    for name in [name for name in globals() if name.startswith("test_") and "exercise" not in name]:
+        del globals()[name]
+
 if __name__ == "__main__":
     tool, *rest = [*sys.argv[1:], ""]
     if tool == "census":
         sys.exit(census())
     if tool == "bench":
         sys.exit(bench(rest[1] if rest[0] == "--model" else "tiny"))
-    sys.exit("usage: python test_refusal.py census | bench [--model FOLDER]")
+    if tool == "blank" and rest[0]:
+        sys.exit(write_blank(rest[0]))
+    sys.exit("usage: python test_refusal.py blank FILE | census | bench [--model FOLDER]")
