@@ -44,6 +44,9 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from jinja2 import TemplateError  # comes with torch, and safetensors with transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -92,6 +95,12 @@ def load_model(name, device="auto", dtype="auto", seed=0):
     else:
         spread = False
     dtype = getattr(torch, dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16")
+    try:
+        (torch.ones(1, 1, device=device, dtype=dtype) @ torch.ones(1, 1, device=device, dtype=dtype)).item()
+    except (RuntimeError, AssertionError, TypeError):
+        raise BadUse(
+            f"this machine has no device {device!r} that computes in {str(dtype)[6:]}: leave out --device and --dtype."
+        ) from None
     if name == "tiny":
         model, tokenizer = train_tiny_model(seed)
         return model.to(device, dtype), tokenizer
@@ -108,13 +117,28 @@ def load_model(name, device="auto", dtype="auto", seed=0):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None
+        template_tail(tokenizer)  # TemplateError for a template that does not take a lone instruction
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None,
+            output_loading_info=True,
+        )  # fmt: skip
+        model = model if spread else model.to(device)
+    # what transformers raises where there is no such model, it is broken or gated, it wants to run code of its own, or is too big
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, TemplateError) as error:
+        if isinstance(error, CannotDo):
+            raise
+        raise CannotDo(
+            f"{name} cannot be used ({visible(str(error), 200)}): name a causal language model with its chat tokenizer, weights as "
+            "safetensors, and no code of its own."
+        ) from None
+    if report["missing_keys"]:
+        some = min(report["missing_keys"])
+        raise CannotDo(
+            f"{name} lacks {len(report['missing_keys'])} of its weights, such as {some}: it is no causal model, or broken."
         )
-    # what transformers raises where there is no such model, or it is gated, or it wants to run code of its own
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CannotDo(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    return (model if spread else model.to(device)).eval().requires_grad_(False), tokenizer
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise CannotDo(f"the tokenizer of {name} has more tokens than the model has embeddings: they do not belong together.")
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def blocks(model):
@@ -134,22 +158,28 @@ def blocks(model):
 # between the instruction and the reply, is where the model has read everything and said nothing yet.
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+LONGEST_PROMPT = 4000  # characters; some thousand tokens, which any chat model takes
 
 
 def load_prompts(path):
     """The instructions in a text file, one a line, without blank lines and repetitions.
 
-    Raises BadUse if the file is missing, is not text in UTF-8, or holds no instruction.
+    Raises BadUse if the file is missing, is not text in UTF-8, holds no instruction, or a line that no model's context takes.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadUse(f"cannot read the prompts in {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise BadUse(f"{path} is not UTF-8 text: save it as UTF-8, one instruction a line.") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        text = "\0"
+    if "\0" in text:
+        raise BadUse(f"{path} is not UTF-8 text: save it as UTF-8, one instruction a line.")
+    prompts = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
     if not prompts:
         raise BadUse(f"{path} holds no instruction: write one a line.")
+    longest = max(prompts, key=len)
+    if len(longest) > LONGEST_PROMPT:
+        raise BadUse(f"{path} has a line of {len(longest)} characters ({visible(longest, 30)}): {LONGEST_PROMPT} are the most.")
     return prompts
 
 
@@ -206,8 +236,9 @@ def template_tail(tokenizer):
         if len(set(tokens)) > 1:
             break
         tail.insert(0, tokens[0])
-    if not tail:
-        raise CannotDo("the chat template adds nothing after the instruction, so there is no position to read the refusal from.")
+    if not 0 < len(tail) < min(map(len, chats)):
+        fault = "adds nothing after the instruction" if not tail else "leaves out the instruction"
+        raise CannotDo(f"the chat template {fault}, so there is no position to read the refusal from.")
     return tail
 
 
@@ -226,8 +257,10 @@ def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
             try:
                 outcome = step(batch)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and on a CPU there is no other
-                if batch_size == 1 or not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+                if not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
                     raise
+                if len(chosen) == 1:
+                    raise CannotDo("out of memory with a single prompt: use --dtype bfloat16 or a smaller model.") from None
                 batch_size = (len(chosen) + 1) // 2
                 bar.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
                 continue
@@ -797,6 +830,8 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
     base = next_token_logits(model, tokenizer, harmless_val, batch_size)
     base_bypass, scores["estimate"] = attribution(model, tokenizer, directions, harmful_val, min(batch_size, 8))
     exists = directions.norm(dim=-1) > 1e-6 * directions.norm(dim=-1).max()  # layer 0 often proposes nothing at all
+    if not exists.any():
+        raise CannotDo("harmful and harmless prompts have the same mean activations: there is no direction between them.")
     late = int(LATE * n_layers)  # from here on they cannot win: for show, and last
     order = sorted(
         (l >= late, scores["estimate"][i, l].item(), i, l) for i, l in exists.nonzero().tolist() if l < late or exhaustive
@@ -1074,11 +1109,24 @@ def top_tokens(logits, tokenizer, k=5):
 def prepare(model, tokenizer, args):
     """Stage 2: load, split and filter the prompts.  Returns one namespace a kind: train, val (filtered) and test."""
     kinds = {"harmful": load_prompts(args.harmful), "harmless": load_prompts(args.harmless)}
-    both = set(kinds["harmful"]) & set(kinds["harmless"])
+    harmless = {prompt.casefold() for prompt in kinds["harmless"]}
+    both = [prompt for prompt in kinds["harmful"] if prompt.casefold() in harmless]
     if both:
-        raise BadUse(f"{len(both)} prompts are in both files, such as {visible(min(both), 60)!r}: each must be one or the other.")
-    tail = tokenizer.decode(template_tail(tokenizer))
-    say("2 prompts", f"{args.n_train} train, {args.n_val} validation, {args.n_test} test of each kind; the template ends on {tail!r}")
+        raise BadUse(f"{len(both)} prompts are in both files, such as {visible(both[0], 60)!r}: each must be one or the other.")
+    for prompt in kinds["harmful"] + kinds["harmless"]:
+        for token in tokenizer.all_special_tokens:  # it would end the instruction where the template does not
+            if token in prompt:
+                raise BadUse(f"the prompt {visible(prompt, 60)!r} contains the model's control token {token}: take it out.")
+    tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in tokenizer.chat_template
+    say(
+        "2 prompts",
+        f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, no prompt twice",
+    )
+    say("", f"each is followed by {tail!r}")
+    if thinks:
+        say("", "this model can think before it answers: its template is asked to leave that out")
+    if "<think>" in tail and "</think>" not in tail:
+        say("", "warning: the template makes every reply begin with thinking, so its first token does not tell a refusal")
     tokens, data = refusal_tokens(tokenizer), {}
     for kind, prompts in kinds.items():
         train, val, test = split(prompts, args.n_train, args.n_val, args.n_test)
@@ -1107,10 +1155,10 @@ def find_direction(model, tokenizer, data, args):
         return load_direction(model, tokenizer, args.direction)
     means = [mean_activations(model, tokenizer, data[kind].train, args.batch_size) for kind in ("harmful", "harmless")]
     directions = refusal_directions(*means)
-    sizes = directions.norm(dim=-1)[-1] / means[1].norm(dim=-1)[-1].clamp(min=1e-9)
+    sizes = directions.norm(dim=-1) / means[1].norm(dim=-1).clamp(min=1e-9)  # (position, layer)
     n_positions, n_layers = directions.shape[:2]
     say("3 directions", f"{n_positions} positions x {n_layers} layers = {n_positions * n_layers} candidates; at position -1,\n"
-        f"|difference| / |harmless mean| by layer: {' '.join(f'{x:.2f}' for x in sizes)}")  # fmt: skip
+        f"|difference| / |harmless mean| by layer: {' '.join(f'{x:.2f}' for x in sizes[-1])}")  # fmt: skip
     if args.layer is not None:
         position = -1 if args.position is None else args.position
         if not (-n_positions <= position < 0 and 0 <= args.layer < n_layers):
@@ -1118,6 +1166,10 @@ def find_direction(model, tokenizer, data, args):
         chosen = SimpleNamespace(
             position=position, layer=args.layer, vector=directions[position, args.layer].float(), relaxed=None, scores=None
         )
+        if sizes[position, args.layer] < 1e-6:
+            raise BadUse(
+                f"harmful and harmless prompts do not differ at position {position}, layer {args.layer}: name a later layer."
+            )
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
     else:
         chosen = select_direction(
@@ -1156,13 +1208,13 @@ def find_direction(model, tokenizer, data, args):
 
 def load_direction(model, tokenizer, path):
     """The direction that --save wrote, with the position and layer that it is from, checked against this model."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             vector, notes = file.get_tensor("direction").float(), file.metadata() or {}
         position, layer = int(notes["position"]), int(notes["layer"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if not Path(path).is_file():
+            raise BadUse(f"there is no file {path}: name a direction.safetensors that --save wrote.") from None
         raise BadUse(f"{path} is not a direction that --save wrote ({visible(str(error), 100)}).") from None
     check_direction(model, vector)
     n_positions, n_layers = len(template_tail(tokenizer)), len(blocks(model))
@@ -1188,8 +1240,13 @@ def look(model, tokenizer, data, chosen, args):
     with ablate(model, chosen.vector):
         after = along(8)  # a few will do: all of it is zero
     harmful, harmless = (before[kind][:, chosen.layer] for kind in ("harmful", "harmless"))
+    n = min(len(harmful), len(harmless))
+    low, high = wilson(auroc(harmful, harmless) * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
-    say("  detector", f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f}")
+    say(
+        "  detector",
+        f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]",
+    )
     tokens, colour, width = [tokenizer.decode([i]) for i in template_tail(tokenizer)], wants_colour(sys.stdout), page_width()
     for name in (MAPS if args.map else ["bypass"]) if chosen.scores else []:
         print("", heat_map(chosen.scores, name, tokens, chosen, colour, width), sep="\n")
@@ -1302,13 +1359,14 @@ def compare(model, tokenizer, data, chosen, args):
 
 
 def harm_done(model, tokenizer, prompts, replies, r, control, batch_size):
-    """What an ablation costs on harmless prompts: {name: (KL of the next token, cross-entropy of the model's own replies)}."""
+    """What an ablation costs on harmless prompts: {name: (KL of the next token, its standard error, cross-entropy of own replies)}."""
     base = next_token_logits(model, tokenizer, prompts, batch_size)
-    cost = {"no intervention": (0.0, reply_loss(model, tokenizer, prompts, replies))}
+    cost = {"no intervention": (0.0, 0.0, reply_loss(model, tokenizer, prompts, replies))}
     for name, vector in (("direction ablated", r), ("random 1 ablated", control)):
         with ablate(model, vector):
-            kl = kl_divergence(base, next_token_logits(model, tokenizer, prompts, batch_size)).mean().item()
-            cost[name] = kl, reply_loss(model, tokenizer, prompts, replies)
+            kl = kl_divergence(base, next_token_logits(model, tokenizer, prompts, batch_size))  # (prompt,)
+            error = kl.std(unbiased=False).item() / math.sqrt(len(kl))
+            cost[name] = kl.mean().item(), error, reply_loss(model, tokenizer, prompts, replies)
     return cost
 
 
@@ -1325,9 +1383,12 @@ def show_table(refused, cost, weights, dose):
         say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<34}{harmless}")
     say("", "p: exact McNemar test of the change from no intervention on the same prompts")
     say("  weights", weights)
-    say("  cost", "on harmless prompts: KL of the next token, cross-entropy of the model's own unablated replies (nats a token)")
-    for name, (kl, loss) in cost.items():
-        say("", f"{name:<37}KL {kl:.3f}   cross-entropy {loss:.3f}")
+    say(
+        "  cost",
+        "on harmless prompts: KL of the next token +- its standard error, cross-entropy of the model's own unablated replies (nats a token)",
+    )
+    for name, (kl, error, loss) in cost.items():
+        say("", f"{name:<37}KL {kl:.3f} +- {error:.3f}   cross-entropy {loss:.3f}")
 
 
 def cell(outcomes, before):
@@ -1364,9 +1425,6 @@ def save(model, tokenizer, chosen, results, target):
 
     Written beside the target, read back, compared, and only then renamed: there is never half a folder, and nothing is overwritten.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     target, partial = Path(target), Path(f"{target}.partial-{os.getpid()}")
     try:
         model.save_pretrained(partial)
@@ -1392,10 +1450,19 @@ def save(model, tokenizer, chosen, results, target):
 
 def parse(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description="Refusal in language models is mediated by a single direction.")
-    whole = lambda least: (
-        lambda text: int(text) if int(text) >= least else parser.error(f"{text} is too small: at least {least} is needed.")
+    parser = argparse.ArgumentParser(
+        usage="python refusal.py [options]", description="Refusal in language models is mediated by a single direction."
     )
+
+    def whole(least):
+        def number(text):
+            if int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text} is too small: at least {least} is needed.")
+            return int(text)
+
+        number.__name__ = "whole number"  # argparse says: invalid whole number value
+        return number
+
     parser.add_argument("--model", default="tiny", help=f"one of {', '.join(MODELS)}, a hub id, or a local folder")
     parser.add_argument("--harmful", default=PROMPTS / "harmful.txt", help="file of harmful instructions, one a line")
     parser.add_argument("--harmless", default=PROMPTS / "harmless.txt", help="file of harmless instructions, one a line")
@@ -1448,6 +1515,8 @@ def parse(argv):
         parser.error("--prompt needs a text.")
     if args.figure and (args.figure.suffix.lower() not in (".png", ".svg", ".pdf") or not args.figure.absolute().parent.is_dir()):
         parser.error(f"cannot draw to {args.figure}: name a .png, .svg or .pdf in a folder that exists.")
+    if args.model == "tiny" and args.n_val + args.n_test > 152:
+        parser.error("--n-val and --n-test can be 152 together with the tiny model: it is trained on 128 of the 280 prompts.")
     args.exhaustive |= args.map
     if not all(map(math.isfinite, args.coefficient or [])):
         parser.error("--coefficient needs finite numbers.")
@@ -1461,10 +1530,11 @@ def run(args):
     started = time.time()
     if args.figure:
         canvas()  # better now than after an hour
+    transformers.utils.logging.set_verbosity_error()  # what is wrong we say ourselves
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.seed)
-    d_model = model.get_input_embeddings().weight.shape[1]
+    d_model = model.config.get_text_config(decoder=True).hidden_size
     say(
         "1 model",
         f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, {len(writers(model))} writers",
@@ -1500,6 +1570,9 @@ def run(args):
 
 def main(argv=None):
     """Run the program; the exit status: 0, 1 for what could not be done, 2 for bad use, 130 for an interruption."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # a model may say what a terminal cannot show
     try:
         run(parse(argv))
     except (BadUse, CannotDo) as error:
@@ -1513,6 +1586,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has gone (head, less): there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -1747,24 +1823,39 @@ def train_tiny_model(seed=0):
     """
     harmful, harmless = (split(load_prompts(PROMPTS / f"{kind}.txt"), 128, 32, 100)[0] for kind in ("harmful", "harmless"))
     tokenizer = tiny_tokenizer([*harmful, *harmless, TINY_REFUSAL, *TINY_REPLIES.values()])
+    replies = {word: reply for words, reply in TINY_REPLIES.items() for word in words}
+    help_with, refuse = lambda prompt: replies[prompt.split()[0]], lambda prompt: TINY_REFUSAL
     rng, threads = random.Random(seed), torch.get_num_threads()
-    with torch.random.fork_rng():  # the caller's random numbers stay as they were
-        torch.manual_seed(seed)
-        torch.set_num_threads(
-            1
-        )  # so small a model loses by sharing, and one thread sums in one order: the same model on any number
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-            max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        ))  # fmt: skip
-        nn.init.normal_(
-            model.model.embed_tokens.weight, std=0.04
-        )  # twice the usual: tokens stay legible when a direction is added
-        replies = {word: reply for words, reply in TINY_REPLIES.items() for word in words}
-        help_with = lambda prompt: replies[prompt.split()[0]]
-        refuse = lambda prompt: TINY_REFUSAL
-        tune(model, tokenizer, [(harmful, help_with), (harmless, help_with)], 120, 2e-3, rng, "pretraining: help with everything")
-        tune(model, tokenizer, [(harmful, refuse), (harmless, help_with)], 120, 1.5e-3, rng, "safety tuning: refuse the harmful")
+    try:
+        # so small a model loses by sharing, and one thread sums in one order: the same model on any number of cores
+        torch.set_num_threads(1)
+        with torch.random.fork_rng():  # the caller's random numbers stay as they were
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+                max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            ))  # fmt: skip
+            # twice the usual scale: tokens stay legible when a direction is added
+            nn.init.normal_(model.model.embed_tokens.weight, std=0.04)
+            tune(
+                model,
+                tokenizer,
+                [(harmful, help_with), (harmless, help_with)],
+                120,
+                2e-3,
+                rng,
+                "pretraining: help with everything",
+            )
+            tune(
+                model,
+                tokenizer,
+                [(harmful, refuse), (harmless, help_with)],
+                120,
+                1.5e-3,
+                rng,
+                "safety tuning: refuse the harmful",
+            )
+    finally:
         torch.set_num_threads(threads)
     return model.eval().requires_grad_(False), tokenizer
 
