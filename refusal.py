@@ -1277,8 +1277,9 @@ def look_at(model, tokenizer, prompt, chosen, args):
     with reading(model, lambda layer, x: seen.append(x[0].float().cpu() @ unit(chosen.vector))):  # (1, seq, d_model) -> (seq,)
         model.base_model(**batch, use_cache=False)
     ids, (harmful, harmless), width = batch["input_ids"][0].tolist(), chosen.means, page_width()
-    texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in range(len(ids) + 1)]
-    tokens = [longer[len(shorter) :] for shorter, longer in zip(texts, texts[1:])]  # subtle: alone, some tokens lose their space
+    # subtle: decoded alone some tokens lose their space, and some are a part of a character, which comes with its last token
+    texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    tokens = [longer[len(shorter) :] for shorter, longer in zip(texts, texts[1:])]
     reach = abs(harmful - harmless) or 1.0
     lines = [paint(tokens, seen[chosen.layer], (harmful + harmless) / 2, reach, wants_colour(sys.stdout), width)]
     for name, way in three_ways(model, chosen).items():
@@ -1520,8 +1521,11 @@ def parse(argv):
     args.exhaustive |= args.map
     if not all(map(math.isfinite, args.coefficient or [])):
         parser.error("--coefficient needs finite numbers.")
-    if args.save and Path(args.save).exists() and (not Path(args.save).is_dir() or any(Path(args.save).iterdir())):
-        parser.error(f"{args.save} is there already and not an empty folder: name a new one.")
+    if args.save:
+        target = Path(args.save)
+        there = next(path for path in [target, *target.absolute().parents] if path.exists())  # the part of the path that exists
+        if not there.is_dir() or not os.access(there, os.W_OK) or (there == target and any(target.iterdir())):
+            parser.error(f"{there} is not an empty folder that can be written to: name a new one.")
     return args
 
 

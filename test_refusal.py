@@ -20,7 +20,9 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -599,7 +601,7 @@ def test_the_same_command_prints_the_same_numbers(saved_tiny):
 
 @pytest.mark.parametrize("arguments, status, message", [
     (("--model", "qwen-1.8"), 2, "did you mean qwen-1.8b?"),
-    (("--model", "{empty}"), 1, "cannot be loaded"),
+    (("--model", "{empty}"), 1, "cannot be used"),
     (("--model", "{tiny}", "--harmful", "{empty}/none.txt"), 2, "No such file"),
     (("--model", "{tiny}", "--n-train", 5000), 2, "prompts of each kind are needed"),
     (("--model", "{tiny}", "--n-train", 0), 2, "at least 2"),
@@ -632,6 +634,142 @@ def test_selection_never_sees_test_prompts(tiny, data, found):
     shuffled = {kind: SimpleNamespace(train=d.train, val=d.val, test=["Hello there", "Good day"]) for kind, d in data.items()}
     chosen = R.find_direction(*tiny, shuffled, args)
     assert (chosen.position, chosen.layer) == (found.position, found.layer) and torch.equal(chosen.vector, found.vector)
+
+
+# Trust: files and interruptions ---------------------------------------------------------------------------
+
+
+def many(change=lambda line: line, more=()):
+    """harmful.txt with every line changed, and lines added, as bytes."""
+    return "\n".join([*map(change, R.load_prompts(R.PROMPTS / "harmful.txt")), *more]).encode()
+
+
+QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 8)
+
+
+@pytest.mark.parametrize("content, status, message", [
+    (b"Hello\0there\n" + many(), 2, "not UTF-8 text"),
+    (many().decode().encode("utf-16"), 2, "not UTF-8 text"),
+    (many(more=["word " * 20_000]), 2, "a line of 99999 characters"),
+    (many(more=["How <|end|> do I"]), 2, "control token <|end|>"),
+    (many(more=["GIVE ME COZY IDEAS TO PAINT AND BRIGHTEN AN OLD KITCHEN"]), 2, "in both files"),
+    (many()[:500], 2, "24 prompts of each kind are needed"),
+    (b"\xef\xbb\xbf" + many().replace(b"\n", b"\r\n") + b"\r\n\r\n", 0, ""),  # from a Windows editor
+    (many(lambda line: line.replace(" ", " \f\u2028\x1b]0;title\x07", 1)), 0, ""),  # odd characters, none of which ends a line
+])  # fmt: skip
+def test_prompt_files(saved_tiny, tmp_path, capsys, content, status, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    assert R.main(["--model", str(saved_tiny), "--harmful", str(tmp_path / "p.txt"), *map(str, QUICK)]) == status
+    out, err = capsys.readouterr()
+    assert message in err and len(err.splitlines()) <= 1 and "\x1b" not in out + err
+    assert status or "16 of 16 train" in out
+
+
+def test_a_million_prompts_cost_little_more_than_their_text(tmp_path):
+    lines = many().decode().splitlines()
+    (tmp_path / "p.txt").write_text("\n".join(f"{lines[i % len(lines)]} number {i}" for i in range(1_000_000)))  # 70 MiB
+    work = """import resource, sys, refusal as R
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak(); parts = R.split(R.load_prompts(sys.argv[1]), 128, 32, 100); print(len(set().union(*parts)), peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", work, tmp_path / "p.txt"], cwd=HERE, capture_output=True, text=True)
+    kept, mebibytes = map(int, done.stdout.split())
+    assert kept == 260 and mebibytes < 800
+
+
+def test_an_interruption_leaves_nothing_behind(toy, monkeypatch):
+    """Ctrl-C in the middle of a forward pass, under every intervention and in every function that changes the model for a while."""
+    model, tokenizer = toy
+    directions, own, threads = torch.randn(2, 4, 32), model.generation_config, torch.get_num_threads()
+    count = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    R.writers(model)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    works = [
+        lambda: R.mean_activations(model, tokenizer, PROMPTS), lambda: R.attribution(model, tokenizer, directions, PROMPTS),
+        lambda: R.projections(model, tokenizer, PROMPTS, directions[0, 0]), lambda: R.generate(model, tokenizer, PROMPTS, 4),
+        lambda: R.select_direction(model, tokenizer, directions, PROMPTS, PROMPTS), lambda: R.orthogonalize(model, directions[0, 0]),
+    ]  # fmt: skip
+    for context in (nullcontext(), R.ablate(model, directions[0, 0]), R.add(model, directions[0, 0], 1)):
+        for work in works:
+            with context if work is works[0] else nullcontext():
+                late = model.model.layers[3].mlp.register_forward_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    work()
+                late.remove()
+        assert count() == 0 and model.generation_config is own and not any(p.requires_grad for p in model.parameters())
+    monkeypatch.setattr(R, "tune", interrupt)
+    torch.set_num_threads(2)
+    with pytest.raises(KeyboardInterrupt):
+        R.train_tiny_model()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("at", ["1 model", "4 selection", "6 replies"])  # the last: while it saves
+def test_ctrl_c_ends_in_one_word(saved_tiny, tmp_path, at):
+    command = [sys.executable, R.__file__, "--model", str(saved_tiny), *map(str, QUICK), "--save", str(tmp_path / "out")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if line.startswith(at):
+            running.send_signal(signal.SIGINT)
+            break
+    _, err = running.communicate()
+    assert running.returncode == 130 and err.splitlines()[-1] == "interrupted" and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_saving(saved_tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+
+    def small_disk():  # what a process may write to a file ends at 500 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    command = [sys.executable, R.__file__, "--model", str(saved_tiny), *map(str, QUICK), "--save", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk)
+    assert done.returncode == 1 and "could not save" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
+
+
+def test_save_refuses_what_is_in_the_way(saved_tiny, tmp_path, toy, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    for target in ("file", "full", "file/below"):
+        with pytest.raises(SystemExit) as exit:
+            R.parse(["--save", str(tmp_path / target)])
+        assert exit.value.code == 2
+    with pytest.raises(R.CannotDo, match="could not save"):  # it was empty when the program began
+        R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / "full")
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "x").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_a_saved_model_that_is_not_the_one_in_memory_is_not_kept(toy, tmp_path):
+    model, _ = toy
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.01)  # hooks are not saved
+    with pytest.raises(R.CannotDo, match="does not give the logits"):
+        R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_nobody_reads_or_nothing_can_show(saved_tiny):
+    command = [sys.executable, R.__file__, "--model", str(saved_tiny), *map(str, QUICK), "--prompt", "Where is 日本?"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"\\u65e5" in done.stdout  # each of these characters is several tokens
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.readline()
+    running.stdout.close()  # as head -1 does
+    assert running.wait() == 1 and running.stderr.read() == b""
+
+
+def test_text_from_a_model_cannot_move_the_cursor():
+    for text in ("\x1b[2J\x1b]0;owned\x07", "a\rb\bc\x9bd\u202e", "\n\n  two\tlines\n"):
+        for width in (5, 20, 10**6):
+            assert R.visible(text, width).isprintable() and len(R.visible(text, width)) <= width
+    assert R.visible("\x1b[1m", 99) == "\\x1b[1m"
 
 
 def test_docstring_examples():
