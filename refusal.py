@@ -1841,24 +1841,8 @@ def train_tiny_model(seed=0):
             ))  # fmt: skip
             # twice the usual scale: tokens stay legible when a direction is added
             nn.init.normal_(model.model.embed_tokens.weight, std=0.04)
-            tune(
-                model,
-                tokenizer,
-                [(harmful, help_with), (harmless, help_with)],
-                120,
-                2e-3,
-                rng,
-                "pretraining: help with everything",
-            )
-            tune(
-                model,
-                tokenizer,
-                [(harmful, refuse), (harmless, help_with)],
-                120,
-                1.5e-3,
-                rng,
-                "safety tuning: refuse the harmful",
-            )
+            tune(model, tokenizer, [(harmful, help_with), (harmless, help_with)], 120, 2e-3, rng, "pretraining: help with all")
+            tune(model, tokenizer, [(harmful, refuse), (harmless, help_with)], 120, 1.5e-3, rng, "safety tuning: refuse harm")
     finally:
         torch.set_num_threads(threads)
     return model.eval().requires_grad_(False), tokenizer
@@ -1868,21 +1852,24 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
     """Ordinary fine-tuning on the replies' tokens.  lessons: pairs of prompts and a function from prompt to reply.
 
     Each time a prompt is shown, a random share (up to `forget`) of its words is left out: with so few prompts the
-    model would else know them by heart and learn nothing about new ones.  Smoothed labels keep it from being so sure
-    that no direction can change its mind.
+    model would else know them by heart and learn nothing about new ones; and one time in four it opens with another
+    prompt's word, so that the opening decides how to help and the rest whether to.  Smoothed labels keep the model from being so
+    sure that no direction can change its mind.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    openings = [word for words in TINY_REPLIES for word in words]
     model.train()
     for _ in tqdm(range(steps), desc=desc, leave=False, disable=None):
         rows = []
         for prompts, reply in lessons:
             for prompt in rng.sample(prompts, batch // len(lessons)):
                 opening, *words = prompt.split()
+                opening = rng.choice(openings) if rng.random() < 0.25 else opening
                 share = rng.uniform(0, forget)
                 seen = " ".join([opening, *(word for word in words if rng.random() > share)])
                 chat = tokenize(tokenizer, [seen])["input_ids"][0].tolist()
-                answer = tokenizer(reply(prompt), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                answer = tokenizer(reply(seen), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
                 rows.append((chat + answer, [-100] * len(chat) + answer))  # -100: not scored
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])  # (batch, seq)
@@ -1890,7 +1877,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
         logits = model(input_ids=ids).logits[
             :, :-1
         ]  # (batch, seq - 1, vocab); padding is on the right, where no token looks at it
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.15)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
