@@ -929,8 +929,8 @@ def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
     change = search.oracle[0] - plain_score(
         plain_logits(*search.arguments[:2], search.arguments[3]), R.refusal_tokens(search.arguments[1])
     )
-    some = search.arguments[2].norm(dim=-1) > 1e-6  # at layer 0 there is nothing to erase
-    assert spearman(estimate[some], change[some]) > 0.5
+    for position in range(len(estimate)):  # from layer 1 on: at layer 0 there is nothing to erase
+        assert spearman(estimate[position, 1:], change[position, 1:]) > 0.8
 
 
 def test_attribution_is_the_derivative_of_erasing_a_little(search):
