@@ -1059,16 +1059,10 @@ def load_direction(model, tokenizer, path):
 
 def look(model, tokenizer, data, chosen, args):
     """The pictures: the direction as a detector, what the search measured, and the direction through the layers."""
-
-    def along(count=None):
-        return {
-            kind: projections(model, tokenizer, data[kind].test[:count], chosen.vector, chosen.position, args.batch_size)
-            for kind in data
-        }
-
-    before = along()  # kind -> (prompt, layer)
+    along = lambda prompts: projections(model, tokenizer, prompts, chosen.vector, chosen.position, args.batch_size)
+    before = {kind: along(data[kind].test) for kind in data}  # kind -> (prompt, layer)
     with ablate(model, chosen.vector):
-        after = along(8)  # a few will do: all of it is zero
+        after = {kind: along(data[kind].test[:8]) for kind in data}  # a few will do: all of it is zero
     harmful, harmless = (before[kind][:, chosen.layer] for kind in ("harmful", "harmless"))
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
     say("  detector", f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f}")
@@ -1224,7 +1218,7 @@ def examples(model, tokenizer, prompts, chosen, args, most=None):
             replies = generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
         for stack, reply in zip(stacks, replies):
             reply = visible(" ".join(reply.split()))
-            width = (page_width() - 13) * len(reply) // columns(reply)  # textwrap counts characters, not columns
+            width = (page_width() - 13) * len(reply) // max(1, columns(reply))  # textwrap counts characters, not columns
             stack += textwrap.wrap(
                 reply, width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12, max_lines=most, placeholder=" ..."
             )
@@ -1386,10 +1380,9 @@ def main(argv=None):
 
 # %% 11. Pictures -----------------------------------------------------------------------------------
 #
-# The finding is one that can be seen.  Every number becomes a level: 0 to 4 (blue) below a threshold, 5 to 9 (orange) above
-# it, and orange is always the side of refusing, broken, harmful.  Where there is no colour, the digit says it.  Look for two
-# things: the direction appears in the middle layers, where the model has read the prompt and not yet chosen its words; and
-# many of the lowest bypass scores are broken models, whose KL is high.
+# Every number becomes a level: 0 to 4 (blue) below a threshold, 5 to 9 (orange) above it, the side of refusing, broken,
+# harmful.  Look for two things: the direction appears in the middle layers, where the model has read the prompt and not yet
+# chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
 
 MAPS = {
     "bypass": "bypass: refusal score of harmful prompts, ablated, in nats (> 0: they refuse)",
@@ -1436,14 +1429,14 @@ def ramp(middle, reach, colour):
 
 def grid(labels, rows, colour, width):
     """Rows of (text, level), a cell a layer, as text under the layers' numbers; folded where there are more than fit."""
-    n_layers, room, lines = len(rows[0]), width - 19, []
+    n_layers, room, lines = len(rows[0]), width - 18, []
     cell = max(1, min(3, room // n_layers))  # columns; a cell of one shows the end of its text: a mark hides the level
     for start in range(0, n_layers, room):
-        numbers = range(start, min(start + room, n_layers), 1 if cell == 3 else 5)
-        lines.append(f"{'layer':<17}" + "".join(str(layer).ljust(cell * numbers.step) for layer in numbers))
+        numbers = range(start, min(start + room - 2, n_layers), 1 if cell == 3 else 5)
+        lines.append(f"{'layer':<18}" + "".join(str(layer).ljust(cell * numbers.step) for layer in numbers))
         for label, row in zip(labels, rows):
             cells = [tint(text[-cell:].ljust(cell), level, colour) for text, level in row[start : start + room]]
-            lines.append(label + " " * (17 - columns(label)) + "".join(cells))
+            lines.append(label + " " * (18 - columns(label)) + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -1467,7 +1460,7 @@ def heat_map(scores, name, tokens, chosen, colour=False, width=80):
     for i, row in enumerate(levels(scores[name], middle, reach).tolist()):
         marks = [mark(scores, chosen, i, layer) for layer in range(len(row))]
         rows.append([(f"{n}{sign}" if n >= 0 else ".", WINNER if sign == "*" else n) for n, sign in zip(row, marks)])
-    labels = [f"{i - len(tokens):>3} {visible(token, 12)}" for i, token in enumerate(tokens)]
+    labels = [f"{i - len(tokens):>3} {visible(token, 13)}" for i, token in enumerate(tokens)]
     return f"{MAPS[name]}\n{grid(labels, rows, colour, width)}\n{ramp(middle, reach, colour)}  {KEY}, . unmeasured"
 
 
@@ -1487,24 +1480,25 @@ def layer_plot(before, after, layer, colour=False, width=80, height=12):
             for row in range(down(high), down(low) + 1):
                 rows[row][l] = (3 * sign, level)
     names = {0: f"{top:.3g}", height - 1: f"{bottom:.3g}", down(0.0): "0"}
-    picture = grid([f"{names.get(row, ''):>16}" for row in range(height)], rows, colour, width)
+    picture = grid([f"{names.get(row, ''):>17}" for row in range(height)], rows, colour, width)
     return f"x . r by layer: # harmful, o harmless (: . one sd), = ablated; r from layer {layer}\n{picture}"
 
 
 def paint(tokens, values, middle=0.0, reach=1.0, colour=False, width=80):
     """A prompt's tokens in the colours of their values, (seq,); without colour, each over its level."""
-    lines, room = [], 0
+    lines, room = ["", ""], width
     for token, n in zip((visible(token, width) for token in tokens), levels(values, middle, reach).tolist()):
-        if columns(token) > room:
+        size = columns(token)
+        if size > room:
             lines, room = [*lines, "", ""], width
-        room -= columns(token)
+        room -= size
         lines[-2] += tint(token, n, colour)
-        lines[-1] += ("." if n < 0 else str(n)).ljust(columns(token))
+        lines[-1] += f"{n if n >= 0 else '.':<{size}}"[:size]
     return "\n".join([*(lines[::2] if colour else lines), f"x . r: {ramp(middle, reach, colour)}"])
 
 
 def figure(path, scores, tokens, chosen, before, after):
-    """The maps (none if scores is None: there was no search) and the layers, drawn to a .png, .svg or .pdf by matplotlib."""
+    """The maps (none if scores is None) and the layers as a .png, .svg or .pdf.  CannotDo if it cannot be written."""
     from matplotlib.figure import Figure
 
     names = list(MAPS) if scores else []
@@ -1513,11 +1507,11 @@ def figure(path, scores, tokens, chosen, before, after):
     for ax, name in zip(maps, names):
         middle, reach = scale(scores[name], name)
         image = ax.imshow(scores[name].numpy(), "PuOr_r", aspect="auto", vmin=middle - reach, vmax=middle + reach)
-        page.colorbar(image, ax=ax, label="nats", pad=0.01)
+        page.colorbar(image, ax=ax, label="nats", extend="max" if name == "kl" else "neither", pad=0.01)
         for i, l in scores[name].isfinite().nonzero().tolist():
             ink = "w" if abs(scores[name][i, l] - middle) > 0.6 * reach else "k"
             ax.text(l, i, mark(scores, chosen, i, l), ha="center", va="center", color=ink)
-        labels = [f"{visible(token, 12)} {i - len(tokens)}" for i, token in enumerate(tokens)]
+        labels = [f"{visible(token, 13)} {i - len(tokens)}" for i, token in enumerate(tokens)]
         ax.set_yticks(range(len(tokens)), labels, parse_math=False)
         ax.set(title=MAPS[name], xlabel=f"layer ({KEY}, grey: unmeasured)", facecolor="0.85")
     for kind, ink, dash in (("harmful", "#b35806", "-"), ("harmless", "#542788", "--")):

@@ -814,9 +814,9 @@ def traces(n_layers, slope=1.0, prompts=4):
 def test_heat_map_is_this_text():
     assert R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN) == "\n".join([
         R.MAPS["bypass"],
-        "layer            0  1  2  3  4",
-        " -2 <|end|>      9< 6  .  .  5>",
-        " -1 \\n           7  1* 0x 3  4>",
+        "layer             0  1  2  3  4",
+        " -2 <|end|>       9< 6  .  .  5>",
+        " -1 \\n            7  1* 0x 3  4>",
         "-4 0123456789 4  * winner, x KL>0.1, < induce<0, > late, . unmeasured",
     ])  # fmt: skip
 
@@ -837,14 +837,14 @@ def test_heat_map_in_colour_is_the_same_text_in_colours():
 
 
 def test_heat_map_in_single_columns_keeps_the_marks():
-    lines = R.heat_map(small_scores(), "bypass", ["a", "b"], CHOSEN, width=24).splitlines()
-    assert [line[17:] for line in lines[1:4]] == ["0", "<6..>", "7*x3>"]
+    lines = R.heat_map(small_scores(), "bypass", ["a", "b"], CHOSEN, width=25).splitlines()
+    assert [line[18:] for line in lines[1:4]] == ["0", "<6..>", "7*x3>"]
 
 
 def test_heat_map_where_nothing_was_measured():
     scores = {name: torch.full((1, 4), math.nan) for name in ("bypass", "induce", "kl")}
     for name in scores:
-        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x            .  .  .  ."
+        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x             .  .  .  ."
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -855,7 +855,7 @@ def test_pictures_fit(width, n_layers):
     for colour in (False, True):
         pictures = [R.heat_map(scores, name, tokens, CHOSEN, colour, width) for name in R.MAPS]
         pictures.append(R.layer_plot(before, after, n_layers - 2, colour, width))
-        pictures.append(R.paint(["日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(100), 0.0, 1.0, colour, width))
+        pictures.append(R.paint(["\u0301", "日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(101), 0.0, 1.0, colour, width))
         for line in "\n".join(pictures).splitlines():
             assert R.columns(ESCAPE.sub("", line)) <= width
             codes = ESCAPE.findall(line)
@@ -869,13 +869,13 @@ def test_pictures_fit(width, n_layers):
 
 def test_layer_plot_is_this_text():
     assert R.layer_plot(traces(4), traces(4, 0.0), layer=2, height=6).splitlines()[1:] == [
-        "layer            0  1  2  3  4",
-        "               5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
-        "                          :::###",
-        "                    :::######:::",
-        "                 :::###:::",
-        "               0 ###oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
-        "              -1 :::",
+        "layer             0  1  2  3  4",
+        "                5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
+        "                           :::###",
+        "                     :::######:::",
+        "                  :::###:::",
+        "                0 ###oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
+        "               -1 :::",
     ]
 
 
@@ -891,6 +891,17 @@ def test_paint_is_this_text():
     painted = R.paint(tokens, values, colour=True)
     assert ESCAPE.sub("", painted).splitlines()[0] == "How do I\\nx" and painted.startswith(f"\033[{R.PALETTE[0]}mHow\033[0m")
     assert painted.splitlines()[0].endswith("x")  # NaN has no colour
+
+
+def test_replies_are_stacked_to_fit(toy, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(R, "generate", lambda model, tokenizer, prompts, *_: ["日本語" * 40, "word " * 60, "", "a\x1b[31m\nb"])
+    chosen, args = SimpleNamespace(vector=torch.ones(32), layer=1, coefficient=1.0), SimpleNamespace(max_new_tokens=8, batch_size=8)
+    whole, cut = (R.examples(*toy, ["p"] * 4, chosen, args, most) for most in (None, 1))
+    assert max(R.columns(line) for line in whole.splitlines()) in range(60, 68)  # 80 less the margin of 13
+    assert whole.count("日本語") > 100 and whole.count("word") == 180
+    assert cut.count("\n") == 4 * 4 - 1 and cut.count(" ...") == 6
+    assert cut.splitlines()[-4:] == ["p", *(f"  {name:<10}a\\x1b[31m b" for name in ("as it is", "ablated", "added"))]
 
 
 @pytest.mark.parametrize("tty, no_colour, term, want", [
