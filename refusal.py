@@ -437,7 +437,7 @@ def projections(model, tokenizer, prompts, direction, position=-1, batch_size=32
             model.base_model(**batch, use_cache=False)
         return torch.stack(seen, dim=1)  # layer * (batch,) -> (batch, layer)
 
-    return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, "projections"))
+    return check_finite(torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, "projections")), "projections")
 
 
 def auroc(positive, negative):
@@ -1094,12 +1094,6 @@ def say(stage, text):
     print(f"{stage:<13}" + text.replace("\n", "\n" + " " * 13), flush=True)
 
 
-def visible(text, width):
-    """Text from a model, on one line of at most `width` characters, with control characters made visible."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def top_tokens(logits, tokenizer, k=5):
     """The k likeliest first tokens of the reply and their mean probabilities, as text: (prompt, vocab) -> str."""
     p, ids = logits.softmax(-1).mean(0).topk(k)
@@ -1229,28 +1223,21 @@ def load_direction(model, tokenizer, path):
 
 def look(model, tokenizer, data, chosen, args):
     """The pictures: the direction as a detector, what the search measured, and the direction through the layers."""
-
-    def along(count=None):
-        return {
-            kind: projections(model, tokenizer, data[kind].test[:count], chosen.vector, chosen.position, args.batch_size)
-            for kind in data
-        }
-
-    before = along()  # kind -> (prompt, layer)
+    along = lambda prompts: projections(model, tokenizer, prompts, chosen.vector, chosen.position, args.batch_size)
+    before = {kind: along(data[kind].test) for kind in data}  # kind -> (prompt, layer)
     with ablate(model, chosen.vector):
-        after = along(8)  # a few will do: all of it is zero
+        after = {kind: along(data[kind].test[:8]) for kind in data}  # a few will do: all of it is zero
     harmful, harmless = (before[kind][:, chosen.layer] for kind in ("harmful", "harmless"))
     n = min(len(harmful), len(harmless))
     low, high = wilson(auroc(harmful, harmless) * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
-    say(
-        "  detector",
-        f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]",
-    )
-    tokens, colour, width = [tokenizer.decode([i]) for i in template_tail(tokenizer)], wants_colour(sys.stdout), page_width()
-    for name in (MAPS if args.map else ["bypass"]) if chosen.scores else []:
-        print("", heat_map(chosen.scores, name, tokens, chosen, colour, width), sep="\n")
-    print("", layer_plot(before, after, chosen.layer, colour, width), "", sep="\n", flush=True)
+    say("  detector", f"x . r there tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]")
+    tokens, page = [tokenizer.decode([i]) for i in template_tail(tokenizer)], (wants_colour(sys.stdout), page_width())
+    shown = [name for name in MAPS if chosen.scores and (args.map or name == "bypass")]
+    pictures = [heat_map(chosen.scores, name, tokens, chosen, *page) for name in shown]
+    for picture in [*pictures, layer_plot(before, after, chosen.layer, *page)]:
+        print(f"\n{picture}")
+    print(flush=True)
     if args.figure:
         figure(args.figure, chosen.scores, tokens, chosen, before, after)
         say("figure", str(args.figure))
@@ -1261,35 +1248,21 @@ def page_width():
     return max(60, shutil.get_terminal_size((100, 24)).columns)
 
 
-def three_ways(model, chosen):
-    """The contexts in which replies are shown side by side, each good for one use."""
-    added = add(model, chosen.vector, chosen.layer, chosen.coefficient)
-    return {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector), "added": added}
-
-
 @torch.no_grad()
-def look_at(model, tokenizer, prompt, chosen, args):
-    """--prompt: the prompt's tokens by their projection on r at the chosen layer, and the replies, as text.
+def look_at(model, tokenizer, prompt, chosen):
+    """--prompt: the prompt's tokens by their projection on r at the chosen layer, as text.
 
     The scale runs from harmless to harmful: its middle is halfway between the test prompts' means at the chosen position.
     """
     batch, seen = forward_arguments(model, tokenize(tokenizer, [prompt])), []
     with reading(model, lambda layer, x: seen.append(x[0].float().cpu() @ unit(chosen.vector))):  # (1, seq, d_model) -> (seq,)
         model.base_model(**batch, use_cache=False)
-    ids, (harmful, harmless), width = batch["input_ids"][0].tolist(), chosen.means, page_width()
+    ids, (harmful, harmless) = batch["input_ids"][0].tolist(), chosen.means
     # subtle: decoded alone some tokens lose their space, and some are a part of a character, which comes with its last token
     texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False).rstrip("\ufffd") for n in range(len(ids) + 1)]
     tokens = [longer[len(shorter) :] for shorter, longer in zip(texts, texts[1:])]
-    reach = abs(harmful - harmless) or 1.0
-    lines = [paint(tokens, seen[chosen.layer], (harmful + harmless) / 2, reach, wants_colour(sys.stdout), width)]
-    for name, way in three_ways(model, chosen).items():
-        with way:
-            reply = generate(model, tokenizer, [prompt], args.max_new_tokens)[0]
-        name += f" x {chosen.coefficient:g}" if name == "added" else ""
-        lines += textwrap.wrap(
-            visible(reply, 10**6) or "(nothing)", width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13
-        )
-    return "\n".join(lines)
+    middle, reach = (harmful + harmless) / 2, abs(harmful - harmless) or 1.0
+    return paint(tokens, seen[chosen.layer], middle, reach, wants_colour(sys.stdout), page_width() - 13)
 
 
 def find_dose(model, tokenizer, chosen, prompts, args):
@@ -1407,18 +1380,20 @@ def cell(outcomes, before):
     return text
 
 
-def examples(model, tokenizer, chosen, args):
-    """Stage 6: replies to a few mild prompts under no intervention, ablation and addition, as lines of text."""
-    replies = {}
-    for name, way in three_ways(model, chosen).items():
+def examples(model, tokenizer, prompts, chosen, args, most=None):
+    """Replies to prompts under no intervention, ablation and addition, one under the other, each in at most `most` lines."""
+    added = add(model, chosen.vector, chosen.layer, chosen.coefficient)
+    stacks = [[prompt] for prompt in prompts]
+    for name, way in (("as it is", nullcontext()), ("ablated", ablate(model, chosen.vector)), ("added", added)):
         with way:
-            replies[name] = generate(model, tokenizer, MILD_PROMPTS, args.max_new_tokens, args.batch_size)
-    width = max(60, shutil.get_terminal_size((120, 24)).columns - 13)
-    lines = []
-    for i, prompt in enumerate(MILD_PROMPTS):
-        lines.append(prompt)
-        lines += [f"  {name:<10}{visible(texts[i], width - 12)}" for name, texts in replies.items()]
-    return "\n".join(lines)
+            replies = generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
+        for stack, reply in zip(stacks, replies):
+            reply = visible(" ".join(reply.split()))
+            width = (page_width() - 13) * len(reply) // max(1, columns(reply))  # textwrap counts characters, not columns
+            stack += textwrap.wrap(
+                reply, width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12, max_lines=most, placeholder=" ..."
+            )
+    return "\n".join(line for stack in stacks for line in stack)
 
 
 def save(model, tokenizer, chosen, results, target):
@@ -1532,8 +1507,8 @@ def parse(argv):
 def run(args):
     """The experiment."""
     started = time.time()
-    if args.figure:
-        canvas()  # better now than after an hour
+    if args.figure and not importlib.util.find_spec("matplotlib"):  # better now than after an hour
+        raise CannotDo("--figure needs matplotlib, which is not installed: pip install matplotlib, or leave it out.")
     transformers.utils.logging.set_verbosity_error()  # what is wrong we say ourselves
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
@@ -1548,8 +1523,9 @@ def run(args):
     look(model, tokenizer, data, chosen, args)
     chosen.coefficient = find_dose(model, tokenizer, chosen, data["harmless"].val, args)
     for prompt in args.prompt:
-        print(look_at(model, tokenizer, prompt, chosen, args), "", sep="\n", flush=True)
-    shown = examples(model, tokenizer, chosen, args)
+        replies = examples(model, tokenizer, [prompt], chosen, args)
+        say("  prompt", f"{look_at(model, tokenizer, prompt, chosen)}\n{replies}")
+    shown = examples(model, tokenizer, MILD_PROMPTS, chosen, args, most=1)
     refused, cost, weights = compare(model, tokenizer, data, chosen, args)
     show_table(refused, cost, weights, chosen.coefficient)
     say("6 replies", shown)
@@ -1598,19 +1574,18 @@ def main(argv=None):
 
 # %% 11. Pictures -----------------------------------------------------------------------------------
 #
-# The finding is one that can be seen.  These functions turn tensors into text that reads in colour, without it and in a
-# pipe, all on one scale of ten levels: 0 to 4 (blue) lie below a threshold, 5 to 9 (orange) above, and orange is always the
-# side of refusing, broken, harmful.  Look for two things: the direction appears in the middle layers, where the model has
-# read the prompt and not yet chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
+# Every number becomes a level: 0 to 4 (blue) below a threshold, 5 to 9 (orange) above it, the side of refusing, broken,
+# harmful.  Look for two things: the direction appears in the middle layers, where the model has read the prompt and not yet
+# chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
 
-BLUE, ORANGE = "38;5;32", "38;5;166"  # as ink on black or on white
-WINNER = "1;38;5;231;48;5;16"
-PALETTE = ["38;5;231;48;5;25"] + [f"38;5;16;48;5;{paper}" for paper in (32, 74, 117, 195, 230, 223, 215, 208, 166)]
 MAPS = {
     "bypass": "bypass: refusal score of harmful prompts, ablated, in nats (> 0: they refuse)",
     "induce": "induce: refusal score of harmless prompts, added, in nats (> 0: they refuse)",
-    "kl": "KL: harmless prompts, original || ablated, in nats, log scale (high: broken)",
+    "kl": f"KL: harmless prompts, original || ablated, in nats (> {KL_MAX:g}: broken)",
 }
+KEY = f"* winner, x KL>{KL_MAX:g}, < induce<{INDUCE_MIN:g}, > late"
+PALETTE = [f"38;5;16;48;5;{paper}" for paper in (32, 74, 117, 195, 230, 223, 215, 208, 166)]  # black ink on paper
+PALETTE, WINNER = ["38;5;231;48;5;25", *PALETTE, "1;38;5;231;48;5;16"], 10  # white ink for level 0 and for the winner
 
 
 def wants_colour(stream):
@@ -1618,168 +1593,133 @@ def wants_colour(stream):
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def tint(text, code, colour):
-    """The text in a colour that ends where the text ends; without colour, the text."""
-    return f"\033[{code}m{text}\033[0m" if colour else text
-
-
-def ramp(low, high, colour):
-    """The palette, between the numbers at its ends."""
-    return f"{low} {''.join(tint(str(n), code, colour) for n, code in enumerate(PALETTE))} {high}"
-
-
 def columns(text):
     """How many columns of a terminal a text takes: East Asian characters two, combining accents none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") - (unicodedata.category(c) in ("Mn", "Me")) for c in text)
 
 
-def printable(token, width):
-    """A token with its control characters named and nothing shown as _, in at most `width` (2 or more) columns: ".." is a cut."""
-    text = whole = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token) or "_"
-    while columns(text) > width - 2 * (text != whole):
-        text = text[:-1]
-    return text if text == whole else text + ".."
+def visible(text, width=math.inf):
+    """Text from a model: control characters named, nothing shown as _, cut with ".." to at most `width` (2 or more) columns."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or "_"
+    while columns(text) > width:
+        text = text[:-3] + ".."
+    return text
 
 
 def levels(values, middle, reach):
-    """Numbers -> levels of the palette, any shape: 0 to 4 below the middle, 5 to 9 above, -1 for NaN.
-
-    >>> levels(torch.tensor([-9.0, -0.1, 0.0, 2.0, math.nan]), middle=0.0, reach=2.0)
-    tensor([ 0,  4,  5,  9, -1])
-    """
+    """Numbers -> levels, any shape: 0 to 4 below the middle, 5 to 9 above, -1 for NaN."""
     return ((values - middle) / reach * 5 + 5).clamp(0, 9.99).nan_to_num(-1).floor().long()
 
 
-def map_values(scores, name):
-    """What a map shows, (position, layer), and how far it reaches to both sides of 0.  KL: powers of ten from KL_MAX."""
-    if name == "kl":
-        return (scores["kl"] / KL_MAX).log10().clamp(-2, 2), 2.0
-    return scores[name], max(scores[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item(), 1e-9)
+def tint(text, level, colour):
+    """The text in the colours of its level; without colour or level, the text."""
+    return f"\033[{PALETTE[level]}m{text}\033[0m" if colour and level >= 0 else text
+
+
+def ramp(middle, reach, colour):
+    """The levels in order, between the numbers that they run from and to."""
+    return f"{middle - reach:.3g} {''.join(tint(str(n), n, colour) for n in range(10))} {middle + reach:.3g}"
+
+
+def grid(labels, rows, colour, width):
+    """Rows of (text, level), a cell a layer, as text under the layers' numbers; folded where there are more than fit."""
+    n_layers, room, lines = len(rows[0]), width - 18, []
+    cell = max(1, min(3, room // n_layers))  # columns; a cell of one shows the end of its text: a mark hides the level
+    for start in range(0, n_layers, room):
+        numbers = range(start, min(start + room - 2, n_layers), 1 if cell == 3 else 5)
+        lines.append(f"{'layer':<18}" + "".join(str(layer).ljust(cell * numbers.step) for layer in numbers))
+        for label, row in zip(labels, rows):
+            cells = [tint(text[-cell:].ljust(cell), level, colour) for text, level in row[start : start + room]]
+            lines.append(label + " " * (18 - columns(label)) + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def scale(values, name):
+    """The middle of a map's scale, and how far it reaches to both sides."""
+    return (KL_MAX, KL_MAX) if name == "kl" else (0.0, values.nan_to_num(0.0, 0.0, 0.0).abs().max().item() or 1.0)
 
 
 def mark(scores, chosen, i, layer):
-    """What became of a candidate: * it won, x its KL is too high, < its induce is too low, > its layer is too late."""
+    """What became of a candidate: a sign of KEY, or "" if it passed the filters."""
     n_positions, n_layers = scores["bypass"].shape
-    if (i - n_positions, layer) == (chosen.position, chosen.layer):
-        return "*"
-    if scores["kl"][i, layer] > KL_MAX:
-        return "x"
-    if scores["induce"][i, layer] < INDUCE_MIN and not chosen.relaxed:
-        return "<"
-    return ">" if layer >= int(LATE * n_layers) else " "
+    won = (i - n_positions, layer) == (chosen.position, chosen.layer)
+    low = scores["induce"][i, layer] < INDUCE_MIN and not chosen.relaxed
+    late = layer >= int(LATE * n_layers)
+    return "*" if won else "x" if scores["kl"][i, layer] > KL_MAX else "<" if low else ">" if late else ""
 
 
 def heat_map(scores, name, tokens, chosen, colour=False, width=80):
-    """The candidates, scores[name] of shape (position, layer), as text: a line a position, a cell a layer.
-
-    tokens: what each position stands on, as text.  With colour, a cell's paper is its level and its character the mark above;
-    without, a digit is its level, and so is a letter (a for 0, j for 9) where the candidate was filtered out.
-    """
-    values, reach = map_values(scores, name)
-    (n_positions, n_layers), level = values.shape, levels(values, 0.0, reach).tolist()
-    tokens = [printable(token, 15) for token in tokens]
-    margin = max(map(columns, tokens)) + 5
-    cell = max(1, min(3, (width - margin) // n_layers))
-    a_row = n_layers if n_layers <= width - margin else max(5, (width - margin) // 5 * 5)  # a map too wide is folded
-    every, lines = 1 if cell == 3 else 5, [MAPS[name]]
-    for layers in map(torch.Tensor.tolist, torch.arange(n_layers).split(a_row)):
-        lines.append(" " * margin + "".join(f"{layer:<{cell * every}}" for layer in layers if layer % every == 0).rstrip())
-        for i, token in enumerate(tokens):
-            row = f"{i - n_positions:>3} {token} ".ljust(margin + len(token) - columns(token))
-            for layer in layers:
-                sign, n = mark(scores, chosen, i, layer), level[i][layer]
-                char = sign if colour or sign == "*" else ("0123456789" if sign == " " else "abcdefghij")[n]
-                row += tint(char.ljust(cell), WINNER if sign == "*" else PALETTE[n], colour) if n >= 0 else ".".ljust(cell)
-            lines.append(row.rstrip())
-    ends = (f"{KL_MAX / 100:g}", f"{KL_MAX * 100:g}") if name == "kl" else (f"{-reach:.3g}", f"{reach:.3g}")
-    key = f"x KL>{KL_MAX:g}  < induce<{INDUCE_MIN:g}  > late" if colour else "a-j the same, filtered out"
-    return "\n".join([*lines, f"{ramp(*ends, colour)}  * winner  {key}  . unmeasured"])
+    """scores[name], (position, layer), as text: level and mark of each candidate.  tokens: what each position stands on."""
+    (middle, reach), rows = scale(scores[name], name), []
+    for i, row in enumerate(levels(scores[name], middle, reach).tolist()):
+        marks = [mark(scores, chosen, i, layer) for layer in range(len(row))]
+        rows.append([(f"{n}{sign}" if n >= 0 else ".", WINNER if sign == "*" else n) for n, sign in zip(row, marks)])
+    labels = [f"{i - len(tokens):>3} {visible(token, 13)}" for i, token in enumerate(tokens)]
+    return f"{MAPS[name]}\n{grid(labels, rows, colour, width)}\n{ramp(middle, reach, colour)}  {KEY}, . unmeasured"
 
 
-def layer_plot(before, after, layer, colour=False, width=80, rows=12):
-    """When does the model decide?  The projection on r at each layer, as text: means, and one standard deviation around.
+def layer_plot(before, after, layer, colour=False, width=80, height=12):
+    """The projection on r at each layer, as text: means, and one standard deviation around.  When does the model decide?
 
     before, after: {"harmful": (prompt, layer), "harmless": (prompt, layer)}, without and with ablation; layer: the chosen one.
     """
-    # what is drawn: (character, mean (layer,), spread), the later over the earlier
-    fogs, lines = [], [("=", x.nanmean(0), 0.0) for x in after.values()]
-    for kind, fog, line in (("harmful", ":", "#"), ("harmless", ".", "o")):
-        mean, sd = before[kind].nanmean(0), before[kind].std(0, unbiased=False).nan_to_num(0.0)
-        fogs, lines = [*fogs, (fog, mean, sd)], [*lines, (line, mean, 0.0)]
-    edges = torch.cat([mean + side * sd for _, mean, sd in fogs + lines for side in (-1, 1)]).nan_to_num(0.0)
-    top, bottom = max(0.0, edges.max().item()), min(0.0, edges.min().item())
-    down = lambda y: round((top - y) / ((top - bottom) or 1.0) * (rows - 1))  # the row of a value
-    shown = range(0, len(mean), -(-len(mean) // (width - 10)))  # too many layers: every second, every third, ...
-    cell = max(1, min(3, (width - 10) // len(shown)))
-    grid = [[" "] * len(shown) for _ in range(rows)]
-    for char, mean, sd in fogs + lines:
-        for i, (low, high) in enumerate(zip((mean - sd).tolist()[:: shown.step], (mean + sd).tolist()[:: shown.step])):
-            for row in range(down(high), down(low) + 1) if math.isfinite(high) else ():
-                grid[row][i] = "@" if (grid[row][i], char) == ("#", "o") else char  # both means at once
-    inks, names = {"#": ORANGE, ":": ORANGE, "o": BLUE, ".": BLUE}, {0: f"{top:.3g}", rows - 1: f"{bottom:.3g}", down(0.0): "0"}
-    text = ["x . r through the layers: # harmful, o harmless (: . one sd around), = ablated"]
-    for row, cells in enumerate(grid):
-        line = "".join(tint(c * cell, inks.get(c), colour and c in inks) for c in cells)
-        text.append(f"{names.get(row, ''):>8} {line}".rstrip())
-    every = 1 if cell == 3 else 5
-    text.append(f"{'layer':>8} " + "".join(f"{l:<{cell * every}}" for l in shown[::every]).rstrip())
-    return "\n".join([*text, f"{'r from':>8} {' ' * (layer // shown.step * cell)}^"])
+    curves = [(":", 6, before["harmful"], 1), (".", 3, before["harmless"], 1)]  # sign, level, projections, spread
+    curves += [("=", -1, x, 0) for x in after.values()] + [("o", 1, before["harmless"], 0), ("#", 8, before["harmful"], 0)]
+    ends = torch.stack([x.mean(0) + sd * x.std(0, unbiased=False) * torch.tensor([[1], [-1]]) for *_, x, sd in curves])
+    top, bottom = max(0.0, ends.max().item()), min(0.0, ends.min().item())
+    down = lambda y: round((top - y) / (top - bottom or 1.0) * (height - 1))  # value -> row
+    rows = [[("", -1)] * ends.shape[-1] for _ in range(height)]
+    for (sign, level, *_), (highs, lows) in zip(curves, ends.tolist()):  # the later over the earlier
+        for l, (high, low) in enumerate(zip(highs, lows)):
+            for row in range(down(high), down(low) + 1):
+                rows[row][l] = (3 * sign, level)
+    names = {0: f"{top:.3g}", height - 1: f"{bottom:.3g}", down(0.0): "0"}
+    picture = grid([f"{names.get(row, ''):>17}" for row in range(height)], rows, colour, width)
+    return f"x . r by layer: # harmful, o harmless (: . one sd), = ablated; r from layer {layer}\n{picture}"
 
 
 def paint(tokens, values, middle=0.0, reach=1.0, colour=False, width=80):
-    """A prompt's tokens, coloured by the level of a value each, (seq,); without colour, the level stands under its token."""
-    lines, room = [], 0
-    for token, n in zip(tokens, levels(values, middle, reach).tolist()):
-        text = printable(token, width)
-        size, gap = columns(text), len(text) - len(text.lstrip())
+    """A prompt's tokens in the colours of their values, (seq,); without colour, each over its level."""
+    lines, room = ["", ""], width
+    for token, n in zip((visible(token, width) for token in tokens), levels(values, middle, reach).tolist()):
+        size = columns(token)
         if size > room:
             lines, room = [*lines, "", ""], width
         room -= size
-        lines[-2] += tint(text, PALETTE[n], colour and n >= 0)
-        lines[-1] += ("?" if n < 0 else str(n)).rjust(min(size, gap + 1)).ljust(size)
-    lines = lines[::2] if colour else [line.rstrip() for line in lines]
-    return "\n".join([*lines, f"x . r: {ramp(f'{middle - reach:.3g}', f'{middle + reach:.3g}', colour)}"])
-
-
-def canvas():
-    """matplotlib's Figure, or a clear word that it is missing; asked for before the work starts and where it is used."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CannotDo("--figure needs matplotlib, which is not installed: pip install matplotlib, or leave it out.") from None
-    return Figure
+        lines[-2] += tint(token, n, colour)
+        lines[-1] += f"{n if n >= 0 else '.':<{size}}"[:size]
+    return "\n".join([*(lines[::2] if colour else lines), f"x . r: {ramp(middle, reach, colour)}"])
 
 
 def figure(path, scores, tokens, chosen, before, after):
-    """The maps (none if scores is None: there was no search) and the layers, drawn to a .png, .svg or .pdf by matplotlib."""
+    """The maps (none if scores is None) and the layers as a .png, .svg or .pdf.  CannotDo if it cannot be written."""
+    from matplotlib.figure import Figure
+
     names = list(MAPS) if scores else []
-    page = canvas()(figsize=(8, 1.9 * len(names) + 3.4), layout="constrained")
-    *maps, trace = page.subplots(len(names) + 1, 1, height_ratios=[1.9] * len(names) + [3.4], squeeze=False)[:, 0]
+    page = Figure(figsize=(11, 3 * len(names) + 3.5), layout="constrained")
+    *maps, trace = page.subplots(len(names) + 1, squeeze=False)[:, 0]
     for ax, name in zip(maps, names):
-        values, reach = map_values(scores, name)
-        ax.set_facecolor("0.85")  # grey: not measured
-        image = ax.imshow(values.numpy(), cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
-        page.colorbar(image, ax=ax, label=f"log10(KL / {KL_MAX:g})" if name == "kl" else "nats", pad=0.01)
-        for i, l in values.isfinite().nonzero().tolist():
-            dark = values[i, l].abs() > 0.6 * reach
-            ax.text(l, i, mark(scores, chosen, i, l), ha="center", va="center", weight="bold", color="w" if dark else "k")
-        labels = [f"{printable(token, 15)} {i - len(tokens)}" for i, token in enumerate(tokens)]
-        ax.set_yticks(range(len(tokens)), labels, size=7, parse_math=False)
-        ax.set_title(MAPS[name], size=9)
-        ax.set_xlabel("layer")
+        middle, reach = scale(scores[name], name)
+        image = ax.imshow(scores[name].numpy(), "PuOr_r", aspect="auto", vmin=middle - reach, vmax=middle + reach)
+        page.colorbar(image, ax=ax, label="nats", extend="max" if name == "kl" else "neither", pad=0.01)
+        for i, l in scores[name].isfinite().nonzero().tolist():
+            ink = "w" if abs(scores[name][i, l] - middle) > 0.6 * reach else "k"
+            ax.text(l, i, mark(scores, chosen, i, l), ha="center", va="center", color=ink)
+        labels = [f"{visible(token, 13)} {i - len(tokens)}" for i, token in enumerate(tokens)]
+        ax.set_yticks(range(len(tokens)), labels, parse_math=False)
+        ax.set(title=MAPS[name], xlabel=f"layer ({KEY}, grey: unmeasured)", facecolor="0.85")
     for kind, ink, dash in (("harmful", "#b35806", "-"), ("harmless", "#542788", "--")):
-        mean, sd, layers = before[kind].mean(0).numpy(), before[kind].std(0, unbiased=False).numpy(), range(before[kind].shape[1])
-        trace.plot(layers, mean, dash, color=ink, label=f"{kind}: mean, one standard deviation")
-        trace.fill_between(layers, mean - sd, mean + sd, color=ink, alpha=0.2, linewidth=0)
-        trace.plot(layers, after[kind].mean(0).numpy(), ":", color=ink, label=f"{kind}, ablated")
+        mean, sd = before[kind].mean(0).numpy(), before[kind].std(0, unbiased=False).numpy()
+        trace.plot(mean, dash, color=ink, label=f"{kind}: mean, one standard deviation")
+        trace.fill_between(range(len(mean)), mean - sd, mean + sd, color=ink, alpha=0.2)
+        trace.plot(after[kind].mean(0).numpy(), ":", color=ink, label=f"{kind}, ablated")
     trace.axvline(chosen.layer, color="0.5", linewidth=0.8)
-    trace.set_title("x . r through the layers (grey line: where r is from)", size=9)
-    trace.set(xlabel="layer", ylabel="x . r, units of the residual stream")
-    trace.legend(fontsize=8)
+    trace.set(title="x . r by layer (grey line: where r is from)", xlabel="layer", ylabel="x . r, units of the stream")
+    trace.legend()
     try:
-        page.savefig(path, dpi=200)
-    except (OSError, ValueError) as error:
-        raise CannotDo(f"could not draw to {path}: {getattr(error, 'strerror', None) or error}.") from None
+        page.savefig(path, dpi=150)
+    except OSError as error:
+        raise CannotDo(f"could not draw to {path}: {error.strerror}.") from None
 
 
 # %% A. A chat model small enough to train here ---------------------------------------------------------

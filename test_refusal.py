@@ -586,7 +586,10 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
         tmp_path / "out" / "direction.safetensors",
         "--coefficient",
         numbers["coefficient"],
+        "--prompt",
+        "How do I bake bread?",
     )
+    assert re.search(r"(?m)^  prompt.*bake.*\n +[0-9 ]+\n", found.stdout) and "\n               ablated   " in found.stdout
     table = lambda text: text[text.index("5 refusals") : text.index("6 replies")]
     assert table(found.stdout) == table(done.stdout), "a saved direction gives the results that it was saved with"
     again = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
@@ -1005,31 +1008,37 @@ def traces(n_layers, slope=1.0, prompts=4):
 def test_heat_map_is_this_text():
     assert R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN) == "\n".join([
         R.MAPS["bypass"],
-        "            0  1  2  3  4",
-        " -2 <|end|> j  6  .  .  f",
-        " -1 \\n      7  *  a  3  e",
-        "-4 0123456789 4  * winner  a-j the same, filtered out  . unmeasured",
+        "layer             0  1  2  3  4",
+        " -2 <|end|>       9< 6  .  .  5>",
+        " -1 \\n            7  1* 0x 3  4>",
+        "-4 0123456789 4  * winner, x KL>0.1, < induce<0, > late, . unmeasured",
     ])  # fmt: skip
 
 
 def test_heat_map_of_kl_is_centred_on_the_filter():
-    rows = R.heat_map(small_scores(), "kl", ["a", "b"], CHOSEN).splitlines()[2:4]
-    assert rows == [" -2 a c  4  .  .  c", " -1 b 0  *  j  .  c"]  # where KL is NaN nothing was measured; where 0, no change
+    rows = [line.split() for line in R.heat_map(small_scores(), "kl", ["a", "b"], CHOSEN).splitlines()[2:5]]
+    assert rows[0] == ["-2", "a", "0<", "2", ".", ".", "0>"] and rows[1] == ["-1", "b", "0", "2*", "9x", ".", "0>"]
+    assert rows[2][:3] == ["0", "0123456789", "0.2"]  # KL 0 to 0.1 is 0 to 4, above is broken
 
 
-def test_heat_map_marks_in_colour():
-    text = R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN, colour=True)
-    rows = [line.rstrip() for line in ESCAPE.sub("", text).splitlines()[2:4]]
-    assert rows == [" -2 <|end|> <     .  .  >", " -1 \\n         *  x     >"]
+def test_heat_map_in_colour_is_the_same_text_in_colours():
+    plain, text = (R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN, colour) for colour in (False, True))
+    assert [line.rstrip() for line in ESCAPE.sub("", text).splitlines()] == plain.splitlines()
+    for cell, code in (("9< ", R.PALETTE[9]), ("0x ", R.PALETTE[0]), ("1* ", R.PALETTE[R.WINNER])):
+        assert f"\033[{code}m{cell}\033[0m" in text
     relaxed = SimpleNamespace(position=-1, layer=1, relaxed="yes")  # then nothing is out for its induce
-    text = ESCAPE.sub("", R.heat_map(small_scores(), "bypass", ["a", "b"], relaxed, colour=True))
-    assert "<" not in text.splitlines()[2]
+    assert "<" not in R.heat_map(small_scores(), "bypass", ["a", "b"], relaxed).splitlines()[2]
+
+
+def test_heat_map_in_single_columns_keeps_the_marks():
+    lines = R.heat_map(small_scores(), "bypass", ["a", "b"], CHOSEN, width=25).splitlines()
+    assert [line[18:] for line in lines[1:4]] == ["0", "<6..>", "7*x3>"]
 
 
 def test_heat_map_where_nothing_was_measured():
     scores = {name: torch.full((1, 4), math.nan) for name in ("bypass", "induce", "kl")}
     for name in scores:
-        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x .  .  .  ."
+        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x             .  .  .  ."
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -1040,7 +1049,7 @@ def test_pictures_fit(width, n_layers):
     for colour in (False, True):
         pictures = [R.heat_map(scores, name, tokens, CHOSEN, colour, width) for name in R.MAPS]
         pictures.append(R.layer_plot(before, after, n_layers - 2, colour, width))
-        pictures.append(R.paint(["日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(100), 0.0, 1.0, colour, width))
+        pictures.append(R.paint(["\u0301", "日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(101), 0.0, 1.0, colour, width))
         for line in "\n".join(pictures).splitlines():
             assert R.columns(ESCAPE.sub("", line)) <= width
             codes = ESCAPE.findall(line)
@@ -1053,30 +1062,40 @@ def test_pictures_fit(width, n_layers):
 
 
 def test_layer_plot_is_this_text():
-    assert R.layer_plot(traces(4), traces(4, 0.0), layer=2, rows=6).splitlines()[1:] == [
-        "       5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
-        "                  :::###",
-        "            :::######:::",
-        "         :::###:::",
-        "       0 @@@oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
-        "      -1 :::",
-        "   layer 0  1  2  3  4",
-        "  r from       ^",
+    assert R.layer_plot(traces(4), traces(4, 0.0), layer=2, height=6).splitlines()[1:] == [
+        "layer             0  1  2  3  4",
+        "                5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
+        "                           :::###",
+        "                     :::######:::",
+        "                  :::###:::",
+        "                0 ###oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
+        "               -1 :::",
     ]
 
 
-def test_layer_plot_without_numbers_or_spread():
-    for x in (torch.full((2, 4), math.nan), torch.zeros(1, 4), torch.full((1, 4), 7.0)):
-        assert R.layer_plot({"harmful": x, "harmless": x}, {"harmful": x, "harmless": x}, 0)
+def test_layer_plot_without_spread():
+    for x in (torch.zeros(1, 4), torch.full((1, 4), 7.0)):
+        assert R.layer_plot({"harmful": x, "harmless": x}, {"harmful": 0 * x, "harmless": 0 * x}, 0, height=2).count("#") == 13
 
 
 def test_paint_is_this_text():
     tokens, values = ["How", " do", " I", "\n", "x"], torch.tensor([-1.0, -0.1, 0.0, 5.0, math.nan])
-    assert R.paint(tokens, values) == "How do I\\nx\n0   4  59 ?\nx . r: -1 0123456789 1"
-    assert R.paint(tokens, values, middle=1.0, reach=2.0, width=6).splitlines()[:4] == ["How do", "0   2", " I\\nx", " 29 ?"]
+    assert R.paint(tokens, values) == "How do I\\nx\n0  4  5 9 .\nx . r: -1 0123456789 1"
+    assert R.paint(tokens, values, middle=1.0, reach=2.0, width=6).splitlines()[:4] == ["How do", "0  2  ", " I\\nx", "2 9 ."]
     painted = R.paint(tokens, values, colour=True)
     assert ESCAPE.sub("", painted).splitlines()[0] == "How do I\\nx" and painted.startswith(f"\033[{R.PALETTE[0]}mHow\033[0m")
     assert painted.splitlines()[0].endswith("x")  # NaN has no colour
+
+
+def test_replies_are_stacked_to_fit(toy, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(R, "generate", lambda model, tokenizer, prompts, *_: ["日本語" * 40, "word " * 60, "", "a\x1b[31m\nb"])
+    chosen, args = SimpleNamespace(vector=torch.ones(32), layer=1, coefficient=1.0), SimpleNamespace(max_new_tokens=8, batch_size=8)
+    whole, cut = (R.examples(*toy, ["p"] * 4, chosen, args, most) for most in (None, 1))
+    assert max(R.columns(line) for line in whole.splitlines()) in range(60, 68)  # 80 less the margin of 13
+    assert whole.count("日本語") > 100 and whole.count("word") == 180
+    assert cut.count("\n") == 4 * 4 - 1 and cut.count(" ...") == 6
+    assert cut.splitlines()[-4:] == ["p", *(f"  {name:<10}a\\x1b[31m b" for name in ("as it is", "ablated", "added"))]
 
 
 @pytest.mark.parametrize("tty, no_colour, term, want", [
@@ -1101,12 +1120,9 @@ def luminance(n):
 
 def test_colours_have_contrast():
     contrast = lambda a, b: (max(a, b) + 0.05) / (min(a, b) + 0.05)
-    for code in [*R.PALETTE, R.WINNER]:
+    for code in R.PALETTE:
         ink, paper = map(int, re.findall(r"[34]8;5;(\d+)", code))
         assert contrast(luminance(ink), luminance(paper)) >= 4.5
-    for code in (R.BLUE, R.ORANGE):  # letters on the terminal's own ground, dark or light
-        ink = luminance(int(code.split(";")[-1]))
-        assert contrast(ink, 0.0) >= 3.5 and contrast(ink, 1.0) >= 3.5
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -1120,11 +1136,10 @@ def test_figure(tmp_path, suffix):
         R.figure(tmp_path / "missing" / f"x.{suffix}", None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
 
 
-def test_figure_without_matplotlib(tmp_path, monkeypatch):
+def test_figure_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(R.CannotDo, match="needs matplotlib, which is not installed"):
-        R.figure(tmp_path / "x.png", None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
+    assert R.main(["--figure", str(tmp_path / "x.png")]) == 1
+    assert "needs matplotlib, which is not installed" in capsys.readouterr().err
 
 
 # A real model ------------------------------------------------------------------------------------------
