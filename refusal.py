@@ -44,7 +44,6 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from jinja2 import TemplateError  # comes with torch, and safetensors with transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -117,32 +116,31 @@ def load_model(name, device="auto", dtype="auto", seed=0):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        template_tail(tokenizer)  # TemplateError for a template that does not take a lone instruction
+        template_tail(tokenizer), refusal_tokens(tokenizer)  # a template that does not take a lone instruction says so here
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None,
             output_loading_info=True,
         )  # fmt: skip
         model = model if spread else model.to(device)
-    # what transformers raises where there is no such model, it is broken or gated, it wants to run code of its own, or is too big
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, TemplateError) as error:
-        if isinstance(error, CannotDo):
-            raise
+    except CannotDo:
+        raise
+    except Exception as error:  # files that are missing, broken, gated, too big: every library below has its own exceptions
         raise CannotDo(
-            f"{name} cannot be used ({visible(str(error), 200)}): name a causal language model with its chat tokenizer, weights as "
-            "safetensors, and no code of its own."
+            f"{name} cannot be used ({type(error).__name__}: {visible(str(error), 200)}): name a causal language model with its chat "
+            "tokenizer, weights as safetensors, and no code of its own."
         ) from None
     if report["missing_keys"]:
         some = min(report["missing_keys"])
         raise CannotDo(
             f"{name} lacks {len(report['missing_keys'])} of its weights, such as {some}: it is no causal model, or broken."
         )
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise CannotDo(f"the tokenizer of {name} has more tokens than the model has embeddings: they do not belong together.")
     return model.eval().requires_grad_(False), tokenizer
 
 
 def blocks(model):
     """The decoder blocks, in order: the first list of modules that has one entry a layer."""
+    if model.config.is_encoder_decoder or model.device.type == "meta":
+        raise CannotDo(f"{type(model).__name__} is no decoder, or its weights are not loaded: a decoder with its weights is needed.")
     config = model.config.get_text_config(decoder=True)
     depths = config.num_hidden_layers, getattr(config, "num_layers", None)  # LongCat counts two layers a block
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
@@ -243,24 +241,26 @@ def template_tail(tokenizer):
 
 
 def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
-    """step(batch) on all prompts, batch by batch, similar lengths together; its results in the order of the prompts.
+    """step(batch) on all prompts, see in_batches; step takes the keyword arguments of a forward pass, (batch, seq)."""
+    read = lambda some: step(forward_arguments(model, tokenize(tokenizer, some)))
+    return in_batches(read, prompts, batch_size, desc)
 
-    step takes the keyword arguments of a forward pass, (batch, seq), and returns one result a prompt.
-    When memory runs out, the batch is halved and tried again, down to one prompt.
+
+def in_batches(step, items, batch_size, desc=None, size=len):
+    """step(some of the items), batch by batch, similar sizes together; its results, one an item, in the order of the items.
+
+    When memory runs out, the batch is halved and tried again, down to one item: what step adds up, it must add up at its end.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
-    results, start = [None] * len(prompts), 0
-    with tqdm(total=len(prompts), desc=desc, leave=False, disable=None if desc else True) as bar:
+    order = sorted(range(len(items)), key=lambda i: size(items[i]))  # similar lengths: little padding
+    results, start = [None] * len(items), 0
+    with tqdm(total=len(items), desc=desc, leave=False, disable=None if desc else True) as bar:
         while start < len(order):
             chosen = order[start : start + batch_size]
-            batch = forward_arguments(model, tokenize(tokenizer, [prompts[i] for i in chosen]))
             try:
-                outcome = step(batch)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and on a CPU there is no other
-                if not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+                outcome = step([items[i] for i in chosen])
+            except RuntimeError as error:
+                if len(chosen) == 1 or not out_of_memory(error):
                     raise
-                if len(chosen) == 1:
-                    raise CannotDo("out of memory with a single prompt: use --dtype bfloat16 or a smaller model.") from None
                 batch_size = (len(chosen) + 1) // 2
                 bar.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
                 continue
@@ -271,11 +271,19 @@ def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
     return results
 
 
+def out_of_memory(error):
+    """Is that what the error means?  CUDA and MPS say the first; a CPU has no exception of its own, and says the second."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def forward_arguments(model, batch):
     """A tokenized batch on the model's device, with the position of every token: padding does not count.
 
     Subtle: models with learned positions (GPT-2) are silently wrong on left-padded prompts without them.
+    Raises CannotDo for tokens that the model does not have.
     """
+    if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # more tokens in the vocabulary are no harm, unused
+        raise CannotDo("the tokenizer gives tokens that the model has no embedding for: they do not belong together.")
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         arguments["position_ids"] = positions(arguments["attention_mask"])
@@ -390,7 +398,7 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 def check_finite(tensor, what):
     """The tensor, or CannotDo if it holds NaN or infinity: a half-broken model must not go on to give numbers."""
     if not torch.isfinite(tensor).all():
-        raise CannotDo(f"the {what} hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32.")
+        raise CannotDo(f"the {what} hold NaN or infinity: this dtype overflows on this model (try --dtype float32), or its weights are broken.")
     return tensor
 
 
@@ -607,14 +615,15 @@ def add(model, vector, layer, coefficient=1.0):
     stack = blocks(model)
     if not 0 <= layer < len(stack):
         raise BadUse(f"there is no layer {layer}: this model's are 0 to {len(stack) - 1}.")
-    if not math.isfinite(coefficient):
-        raise BadUse(f"a coefficient of {coefficient} cannot be added: give a finite number.")
     check_direction(model, vector)
+    shift = (coefficient * vector).to(model.dtype)
+    if not shift.isfinite().all():
+        raise BadUse(f"{coefficient} times this vector is not a finite number in {model.dtype}: give a smaller coefficient.")
     writers(model)  # CannotDo for a model that is not one stream through its blocks
 
     def hook(module, args, kwargs):
         x = args[0] if args else kwargs["hidden_states"]
-        x = x + (coefficient * vector).to(x.device, x.dtype)  # (batch, seq, d_model) + (d_model,)
+        x = x + shift.to(x.device, x.dtype)  # (batch, seq, d_model) + (d_model,)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     with hooked([stack[layer].register_forward_pre_hook(hook, with_kwargs=True)]):
@@ -803,17 +812,18 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
             logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1].float()
             score = log_odds(logits, tokens).sum()
             gradients = torch.autograd.grad(score, outputs, allow_unused=True)
-        total += score.item()
+        part = 0
         for o, g in zip(outputs, gradients):
             if g is None:  # what the last block writes at the opening, nobody reads
                 continue
             r = R.to(o.device)
             moved = (g.float() @ r) * (o.detach().float() @ r)  # (batch, seq, d_model) twice -> (batch, seq, candidate)
-            estimate = estimate - moved.sum((0, 1)).cpu()
+            part = part + moved.sum((0, 1)).cpu()
+        total, estimate = total + score.item(), estimate - part
         return [None] * len(logits)
 
     run_batches(step, model, tokenizer, prompts, batch_size, "attribution")
-    return total / len(prompts), (estimate / len(prompts)).view(directions.shape[:2])
+    return total / len(prompts), check_finite(estimate / len(prompts), "gradients").view(directions.shape[:2])
 
 
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8, exhaustive=False, batch_size=32):
@@ -906,9 +916,9 @@ def orthogonalize(model, direction):
     0.0
     """
     r = check_direction(model, direction)
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or any(p.is_meta for p in model.parameters()):
         raise CannotDo(
-            "quantised weights cannot be edited exactly: load the model unquantised, or use ablate(), which works on any."
+            "quantised or offloaded weights cannot be edited: load the model unquantised and whole, or use ablate(), which works on any."
         )
     untie(model)
     names, edits = {module: name for name, module in model.named_modules()}, {}
@@ -1063,18 +1073,18 @@ def reply_loss(model, tokenizer, prompts, replies, batch_size=4):
     """
     ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
     chats = [tokenize(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
-    total, count = 0.0, sum(map(len, ids))
-    for start in tqdm(range(0, len(prompts), batch_size), desc="cross-entropy of replies", leave=False, disable=None):
-        rows = list(zip(chats, ids))[start : start + batch_size]
+
+    def step(rows):
         keep, width = max(1, *(len(reply) for _, reply in rows)), max(len(chat) + len(reply) for chat, reply in rows)
         full = torch.tensor([[0] * (width - len(c) - len(r)) + c + r for c, r in rows])  # (batch, seq), left-padded
         mask = torch.tensor([[0] * (width - len(c) - len(r)) + [1] * (len(c) + len(r)) for c, r in rows])
-        scored = torch.tensor([[False] * (keep - len(r)) + [True] * len(r) for _, r in rows])  # (batch, reply)
+        labels = torch.tensor([[-100] * (keep - len(r)) + r for _, r in rows])  # (batch, reply); -100: not scored
         batch = forward_arguments(model, {"input_ids": full, "attention_mask": mask})
         logits = model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1]  # (batch, reply, vocab)
-        logits = logits.float().cpu()
-        total += nn.functional.cross_entropy(logits[scored], full[:, -keep:][scored], reduction="sum").item()
-    return total / count
+        return nn.functional.cross_entropy(logits.float().cpu().mT, labels, reduction="none").sum(-1).tolist()
+
+    losses = in_batches(step, list(zip(chats, ids)), batch_size, "cross-entropy of replies", lambda row: len(row[0] + row[1]))
+    return sum(losses) / max(1, sum(map(len, ids)))
 
 
 # %% 10. The whole experiment -------------------------------------------------------------------------
@@ -1111,7 +1121,7 @@ def prepare(model, tokenizer, args):
         for token in tokenizer.all_special_tokens:  # it would end the instruction where the template does not
             if token in prompt:
                 raise BadUse(f"the prompt {visible(prompt, 60)!r} contains the model's control token {token}: take it out.")
-    tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in tokenizer.chat_template
+    tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in str(tokenizer.chat_template)
     say(
         "2 prompts",
         f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, no prompt twice",
@@ -1290,7 +1300,7 @@ def find_dose(model, tokenizer, chosen, prompts, args):
 def compare(model, tokenizer, data, chosen, args):
     """Stage 5, the paper on one screen: who refuses what under which intervention.
 
-    Returns refused, {row: {kind: [bool a prompt]}}; what the interventions cost; a sentence on the weights.
+    Returns refused, {row: {kind: [bool a prompt]}}; what the interventions cost; a sentence on the weights, or why they stay.
     """
     r, layer, c = chosen.vector, chosen.layer, chosen.coefficient
     generator = torch.Generator().manual_seed(args.seed)
@@ -1320,7 +1330,10 @@ def compare(model, tokenizer, data, chosen, args):
     some = data["harmful"].val + data["harmless"].val
     with ablate(model, r):
         hooked_logits = next_token_logits(model, tokenizer, some, args.batch_size)
-    names = orthogonalize(model, r)
+    try:
+        names = orthogonalize(model, r)
+    except CannotDo as error:
+        return refused, cost, error
     gap = ((next_token_logits(model, tokenizer, some, args.batch_size) - hooked_logits).norm() / hooked_logits.norm()).item()
     if gap < 1e-4:
         refused["weights orthogonalized"] = {"harmful": refused["direction ablated"]["harmful"]}
@@ -1529,6 +1542,8 @@ def run(args):
     refused, cost, weights = compare(model, tokenizer, data, chosen, args)
     show_table(refused, cost, weights, chosen.coefficient)
     say("6 replies", shown)
+    if isinstance(weights, CannotDo):
+        raise weights
     if args.save:
         results = {
             "model": args.model,
@@ -1562,6 +1577,11 @@ def main(argv=None):
         if not str(error).startswith("exercise "):
             raise
         print(f"next: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # NotImplementedError is one, too, so this comes later
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory, even with one prompt at a time: use --dtype bfloat16 or a smaller model.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
