@@ -280,8 +280,11 @@ def forward_arguments(model, batch):
     """A tokenized batch on the model's device, with the position of every token: padding does not count.
 
     Subtle: models with learned positions (GPT-2) are silently wrong on left-padded prompts without them.
-    Raises CannotDo for tokens that the model does not have.
+    Raises CannotDo for tokens that the model does not have, and for more of them than it can read.
     """
+    seq, most = batch["input_ids"].shape[1], getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf)
+    if seq > most:
+        raise CannotDo(f"a prompt of {seq} tokens is longer than this model can read ({most}): shorten it.")
     if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # more tokens in the vocabulary are no harm, unused
         raise CannotDo("the tokenizer gives tokens that the model has no embedding for: they do not belong together.")
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
