@@ -625,11 +625,331 @@ def test_mistakes_are_answered_in_one_sentence(saved_tiny, tmp_path, capsys, arg
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_refuse_is_told_apart(toy, tmp_path):
+# Trust: models and numbers ------------------------------------------------------------------------------
+
+FEW = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 4)
+
+
+def one_sentence(capsys, status, message, *arguments):
+    """The program ends with this status and says this on one line of stderr (argparse: a second, with the usage); what else it said."""
+    try:
+        assert R.main([str(a) for a in arguments]) == status
+    except SystemExit as error:  # argparse's way
+        assert error.code == status
+    out, err = capsys.readouterr()
+    usage, line = ([""] + err.splitlines())[-2:]
+    assert message in line and "error: " in line and len(err.splitlines()) == 1 + usage.startswith("usage"), err
+    return out
+
+
+@pytest.fixture
+def folder(toy, tmp_path):
+    """The toy as a user has it: a folder with a model and its tokenizer."""
     for part in toy:
-        part.save_pretrained(tmp_path / "untrained")
-    done = program("--model", tmp_path / "untrained", *SMALL)
-    assert done.returncode == 1 and "no refusal here to explain" in done.stderr
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def delete(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:3000])
+
+
+def configure(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def weigh(change):
+    """Change the state dict; change returns the format in which it is then stored."""
+
+    def do(folder):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        if change(weights) == "pickle":
+            torch.save(weights, folder / "pytorch_model.bin")
+        else:
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return do
+
+
+def replace(model, config, **sizes):
+    """Put a model of another kind in the folder."""
+    sizes |= {"vocab_size": 600, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return lambda folder: getattr(transformers, model)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+BART = {"d_model": 32} | {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 32))}  # fmt: skip
+CLASSIFIER = BERT | {"num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (delete("config.json"), "model_type"),
+    (write("config.json", "{"), "not a valid JSON"),
+    (write("config.json", "[]"), "cannot be used"),
+    (configure(hidden_size="wide"), "expected int"),
+    (configure(num_attention_heads=7), "not a multiple of the number of attention heads"),
+    (configure(hidden_act="frob"), "KeyError: 'frob'"),
+    (configure(intermediate_size=64), "cannot be used (RuntimeError"),
+    (configure(model_type="strange", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}), "custom code"),
+    (configure(quantization_config={"quant_method": "gptq", "bits": 4}), "cannot be used"),
+    (delete("model.safetensors"), "no file named model.safetensors"),
+    (weigh(lambda weights: "pickle"), "no file named model.safetensors"),
+    (cut("model.safetensors"), "SafetensorError"),
+    (weigh(lambda weights: weights.pop("model.layers.3.mlp.down_proj.weight") * 0), "lacks 1 of its weights, such as model.layers.3.mlp"),
+    (weigh(lambda weights: weights["model.layers.3.mlp.down_proj.weight"].fill_(math.nan)), "the logits hold NaN or infinity"),
+    (lambda folder: None, "this model hardly refuses harmful prompts (only 0 of 16 train"),
+    (delete("tokenizer.json"), "tokenizer"),
+    (cut("tokenizer.json"), "JSONDecodeError"),
+    (replace("T5ForConditionalGeneration", "T5Config", **T5), "T5Config"),
+    (replace("BartForConditionalGeneration", "BartConfig", **BART), "it is no causal model"),
+    (replace("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER), "it is no causal model"),
+    (replace("BertForMaskedLM", "BertConfig", **BERT), "does not add to the residual stream"),
+])  # fmt: skip
+def test_a_folder_that_holds_no_chat_model(folder, capsys, damage, message):
+    damage(folder)
+    one_sentence(capsys, 1, message, "--model", folder, *FEW)
+
+
+def test_a_model_that_is_nowhere(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    one_sentence(capsys, 1, "nobody/nothing cannot be used (OSError", "--model", "nobody/nothing")
+
+
+@pytest.mark.parametrize("template, message", [
+    ("", "no chat template"),
+    ("{{ messages[0].content", "TemplateSyntaxError"),
+    ("{{ messages[0].content + 1 }}<|assistant|>", "TypeError"),
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('A system message first') }}{% endif %}", "A system message first"),
+    ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('Users only') }}{% endif %}{{ m.content }}{% endfor %}\n", "Users only"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "adds nothing after the instruction"),
+    ("Hello <|assistant|>", "leaves out the instruction"),
+    ("{% for m in messages %}{{ m.content }}<new>{% endfor %}", "tokens that the model has no embedding for"),
+])  # fmt: skip
+def test_templates_that_cannot_be_used(toy, folder, capsys, template, message):
+    toy[1].add_tokens(["<new>"])
+    toy[1].chat_template = template
+    for file in folder.glob("*token*"), folder.glob("*template*"):
+        for path in file:
+            path.unlink()
+    toy[1].save_pretrained(folder)
+    one_sentence(capsys, 1, message, "--model", folder, *FEW)
+
+
+def test_tokens_that_no_prompt_has_are_no_harm(toy):
+    model, tokenizer = toy
+    before = R.refusal_scores(model, tokenizer, PROMPTS)
+    tokenizer.add_tokens(["<image>"])  # Gemma 3 1B has such a token and no embedding for it
+    assert torch.equal(R.refusal_scores(model, tokenizer, PROMPTS), before)
+
+
+def test_one_bos_where_the_tokenizer_and_the_template_both_add_it(toy):
+    from tokenizers.processors import TemplateProcessing
+
+    _, tokenizer = toy
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 1)])  # plays the BOS
+    tokenizer.chat_template = "<|end|>" + TEMPLATES["brackets"][0]
+    assert tokenizer("Hi")["input_ids"][0] == 1
+    assert R.tokenize(tokenizer, ["Hi"])["input_ids"][0].tolist().count(1) == 1
+    assert 1 not in R.refusal_tokens(tokenizer) + R.template_tail(tokenizer)
+
+
+OPEN, CLOSED = "<|assistant|><think>\n", "<|assistant|><think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("ending, said", [
+    (CLOSED, []),
+    ("{% if enable_thinking is defined and not enable_thinking %}" + CLOSED + "{% else %}" + OPEN + "{% endif %}", ["leave that out"]),
+    (OPEN, ["every reply begin with thinking"]),
+    ("{{ enable_thinking }}" + OPEN, ["leave that out", "every reply begin with thinking"]),
+])  # fmt: skip
+def test_thinking_is_turned_off_where_it_can_be_and_told(toy, folder, capsys, ending, said):
+    toy[1].chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + ending
+    toy[1].save_pretrained(folder)
+    out = one_sentence(capsys, 1, "hardly refuses", "--model", folder, *FEW)
+    assert [words for words in ("leave that out", "every reply begin with thinking") if words in out] == said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--n-train", "x"), "invalid whole number value: 'x'"),
+    (("--n-train", 1.5), "invalid whole number value: '1.5'"),
+    (("--n-val", -3), "at least 1"),
+    (("--batch-size", 0), "at least 1"),
+    (("--max-new-tokens", 0), "at least 1"),
+    (("--layer", 1.5), "invalid int value"),
+    (("--layer", -1), "--layer from 0 to 3"),
+    (("--layer", 4), "--layer from 0 to 3"),
+    (("--layer", 2, "--position", -3), "--position goes from -2 to -1"),
+    (("--layer", 2, "--position", 0), "--position goes from -2 to -1"),
+    (("--coefficient", "x"), "invalid float value"),
+    (("--coefficient", 1, "-inf"), "finite numbers"),
+    (("--seed", "x"), "invalid int value"),
+    (("--dtype", "int8"), "invalid choice"),
+    (("--device", "tpu"), "no device 'tpu'"),
+    (("--device", "cuda:99"), "no device 'cuda:99'"),
+    (("--device", "meta"), "no device 'meta'"),
+    (("--device", ""), "no device ''"),
+    (("--model", "tiny", "--n-train", 8, "--n-val", 53, "--n-test", 100), "152 together"),
+])  # fmt: skip
+def test_numbers_that_make_no_sense(folder, capsys, monkeypatch, arguments, message):
+    keep_all = lambda logits, tokens: logits.new_tensor([1.0, -1.0])[keep_all.calls.pop(0)].expand(len(logits))
+    keep_all.calls = [0, 1]  # the toy refuses nothing: let its prompts pass the filter, harmful ones and harmless ones
+    monkeypatch.setattr(R, "log_odds", keep_all)
+    one_sentence(capsys, 2, message, "--model", folder, *FEW, *arguments)
+
+
+def test_directions_that_make_no_sense(saved_tiny, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    notes = {"position": "-1", "layer": "2"}
+    cases = [
+        (torch.zeros(128), notes, "no direction"), (torch.full((128,), math.nan), notes, "no direction"),
+        (torch.ones(64), notes, "the model needs (128,)"), (torch.ones(1, 128), notes, "the model needs (128,)"),
+        (torch.ones(128), {}, "is not a direction"), (torch.ones(128), notes | {"layer": "6"}, "6 layers"),
+    ]  # fmt: skip
+    for vector, notes, message in cases:
+        save_file({"direction": vector}, tmp_path / "d.safetensors", notes)
+        few = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--direction", tmp_path / "d.safetensors")
+        one_sentence(capsys, 2, message, "--model", saved_tiny, *few)
+
+
+def test_models_that_never_and_always_refuse_are_told_so(tiny, found):
+    args = R.parse(["--n-train", "16", "--n-val", "4", "--n-test", "4"])
+    with R.ablate(*tiny[:1], found.vector), pytest.raises(R.CannotDo, match="hardly refuses harmful .* of 16 train"):
+        R.prepare(*tiny, args)
+    with R.add(tiny[0], found.vector, found.layer, 2.0), pytest.raises(R.CannotDo, match="refuses nearly everything .* of 16 train"):
+        R.prepare(*tiny, args)
+
+
+def test_prompts_that_are_all_the_same_to_the_model(toy):
+    with pytest.raises(R.CannotDo, match="no direction between them"):
+        R.select_direction(*toy, torch.zeros(2, 4, 32), PROMPTS, PROMPTS)
+
+
+def test_numbers_that_overflow_are_no_result(toy):
+    model, tokenizer = toy
+    model.half()
+    with pytest.raises(R.BadUse, match="smaller coefficient"), R.add(model, torch.full((32,), 1e4), 1, 7.0):  # 70 000 > 65 504
+        pass
+    with R.add(model, torch.full((32,), 1e4), 1, 6.0):
+        pass
+    model.model.layers[1].mlp.down_proj.weight.mul_(1e5)
+    for work in (R.mean_activations, R.refusal_scores):
+        with pytest.raises(R.CannotDo, match="hold NaN or infinity"):
+            work(model, tokenizer, PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("along", [0.0, 17.0])  # how much of the massive channel is in r
+def test_massive_activations(toy, dtype, along):
+    """One channel a thousand times the others, as in Llama 2: what is ablated counts as ablated, and what is not does not."""
+    model, r = toy[0], torch.randn(32, generator=torch.Generator().manual_seed(0))
+    r[3] = along
+    model.model.embed_tokens.weight[:, 3] *= 1000
+    model.model.layers[1].mlp.down_proj.weight[3] *= 1000
+    model.to(dtype)
+    with R.ablate(model, r):
+        pass
+    with R.hooked([m.register_forward_hook(lambda m, args, out: R.replace_first(out, R.project_out(R.first(out), R.unit(r))))
+                   for m in R.writers(model)[1:]]), pytest.raises(R.CannotDo, match="written to the stream by the embeddings"):  # fmt: skip
+        R.check_erased(model, R.unit(r))
+    R.orthogonalize(model, r)
+
+
+class SmallMemory(TorchDispatchMode):
+    """A machine on which no tensor can have more than so many elements."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.refused = most, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.numel() > self.most:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return out
+
+
+def test_running_out_of_memory_changes_no_result(toy):
+    model, tokenizer = toy
+    R.writers(model)
+    directions, replies = torch.randn(25, 4, 32, generator=torch.Generator().manual_seed(0)), ["I swim", "", "rain in the dark"]
+    prompts = PROMPTS * 2
+    works = {
+        "means": (2000, lambda: R.mean_activations(model, tokenizer, prompts)),
+        "scores": (2000, lambda: R.refusal_scores(model, tokenizer, prompts)),
+        "attribution": (10_000, lambda: torch.cat([torch.tensor(part).flatten() for part in R.attribution(model, tokenizer, directions, prompts)])),
+        "projections": (2000, lambda: R.projections(model, tokenizer, prompts, directions[0, 0])),
+        "reply loss": (20_000, lambda: torch.tensor(R.reply_loss(model, tokenizer, prompts, replies * 2))),
+    }  # fmt: skip
+    for name, (most, work) in works.items():
+        whole = work()
+        with SmallMemory(most) as memory:
+            torch.testing.assert_close(work(), whole, atol=1e-5, rtol=1e-5, msg=name)
+        assert memory.refused, name
+    whole = R.generate(model, tokenizer, prompts, 4)
+    with SmallMemory(2000) as memory:
+        assert R.generate(model, tokenizer, prompts, 4) == whole and memory.refused
+
+
+def test_no_memory_for_one_prompt(toy, monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert R.out_of_memory(error.value), "what a CPU says"
+    R.writers(toy[0])
+    monkeypatch.setattr(R, "load_model", lambda *arguments: toy)
+    with SmallMemory(500):
+        out = one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *FEW)
+
+
+@pytest.mark.parametrize("kind", ["quantised", "offloaded"])
+def test_weights_that_cannot_be_edited_cost_only_what_needs_them(saved_tiny, tmp_path, monkeypatch, capsys, kind):
+    load = R.load_model
+
+    def loaded(*arguments):
+        model, tokenizer = load(*arguments)
+        model.is_quantized = kind == "quantised"  # what transformers sets
+        if kind == "offloaded":  # what accelerate leaves of a module between two forward passes
+            model.spare = torch.nn.Linear(2, 2, device="meta")
+        return model, tokenizer
+
+    monkeypatch.setattr(R, "load_model", loaded)
+    out = one_sentence(capsys, 1, "quantised or offloaded weights", "--model", saved_tiny, *FEW, "--save", tmp_path / "out")
+    assert "direction ablated" in out and "6 replies" in out and not (tmp_path / "out").exists()
+
+
+def test_models_that_are_no_decoders_with_weights(toy):
+    for model in (toy[0].to("meta"), transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **T5))):
+        with pytest.raises(R.CannotDo, match="a decoder with its weights is needed"):
+            R.writers(model)
+
+
+def test_the_width_of_the_stream_is_printed_and_not_the_embeddings(toy, folder, capsys):
+    replace("OPTForCausalLM", "OPTConfig", hidden_size=48, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4)(folder)
+    assert "3 layers, d_model 48" in one_sentence(capsys, 1, "hardly refuses", "--model", folder, *FEW)
+
+
+def test_a_prompt_longer_than_the_context(toy):
+    toy[0].config.max_position_embeddings = 20
+    with pytest.raises(R.CannotDo, match="longer than this model can read"):
+        R.refusal_scores(*toy, PROMPTS)
+    R.refusal_scores(*toy, PROMPTS[1:2])
 
 
 def test_selection_never_sees_test_prompts(tiny, data, found):
