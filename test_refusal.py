@@ -631,14 +631,14 @@ FEW = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficien
 
 
 def one_sentence(capsys, status, message, *arguments):
-    """The program ends with this status and says this on one line of stderr (argparse: a second, with the usage); what else it said."""
+    """The program ends with this status and says this on one line of stderr; returns what else it said."""
     try:
         assert R.main([str(a) for a in arguments]) == status
     except SystemExit as error:  # argparse's way
         assert error.code == status
     out, err = capsys.readouterr()
-    usage, line = ([""] + err.splitlines())[-2:]
-    assert message in line and "error: " in line and len(err.splitlines()) == 1 + usage.startswith("usage"), err
+    *others, line = [line for line in err.splitlines() if not line.startswith(("usage: ", "out of memory: going on"))]
+    assert message in line and "error: " in line and not others, err
     return out
 
 
@@ -736,7 +736,7 @@ def test_a_model_that_is_nowhere(monkeypatch, capsys):
     ("{{ messages[0].content", "TemplateSyntaxError"),
     ("{{ messages[0].content + 1 }}<|assistant|>", "TypeError"),
     ("{% if messages[0].role != 'system' %}{{ raise_exception('A system message first') }}{% endif %}", "A system message first"),
-    ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('Users only') }}{% endif %}{{ m.content }}{% endfor %}\n", "Users only"),
+    ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('Users only') }}{% endif %}{{ m.content }}{% endfor %}<|assistant|>", "Users only"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}", "adds nothing after the instruction"),
     ("Hello <|assistant|>", "leaves out the instruction"),
     ("{% for m in messages %}{{ m.content }}<new>{% endfor %}", "tokens that the model has no embedding for"),
@@ -797,7 +797,7 @@ def test_thinking_is_turned_off_where_it_can_be_and_told(toy, folder, capsys, en
     (("--layer", 2, "--position", -3), "--position goes from -2 to -1"),
     (("--layer", 2, "--position", 0), "--position goes from -2 to -1"),
     (("--coefficient", "x"), "invalid float value"),
-    (("--coefficient", 1, "-inf"), "finite numbers"),
+    (("--coefficient", 1, "inf"), "finite numbers"),
     (("--seed", "x"), "invalid int value"),
     (("--dtype", "int8"), "invalid choice"),
     (("--device", "tpu"), "no device 'tpu'"),
@@ -854,10 +854,10 @@ def test_numbers_that_overflow_are_no_result(toy):
             work(model, tokenizer, PROMPTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("along", [0.0, 17.0])  # how much of the massive channel is in r
-def test_massive_activations(toy, dtype, along):
-    """One channel a thousand times the others, as in Llama 2: what is ablated counts as ablated, and what is not does not."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("along", [0.0, 1.0, 17.0])  # how much of the massive channel is in r
+def test_massive_activations_are_ablated_all_the_same(toy, dtype, along):
+    """One channel a thousand times the others, as in Llama 2: what is ablated counts as ablated."""
     model, r = toy[0], torch.randn(32, generator=torch.Generator().manual_seed(0))
     r[3] = along
     model.model.embed_tokens.weight[:, 3] *= 1000
@@ -865,10 +865,26 @@ def test_massive_activations(toy, dtype, along):
     model.to(dtype)
     with R.ablate(model, r):
         pass
-    with R.hooked([m.register_forward_hook(lambda m, args, out: R.replace_first(out, R.project_out(R.first(out), R.unit(r))))
-                   for m in R.writers(model)[1:]]), pytest.raises(R.CannotDo, match="written to the stream by the embeddings"):  # fmt: skip
-        R.check_erased(model, R.unit(r))
     R.orthogonalize(model, r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_writer_in_fifty_that_is_not_ablated_is_found(dtype):
+    torch.manual_seed(2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4, initializer_range=0.08))  # fmt: skip
+    model.requires_grad_(False).to(dtype)
+    r = R.unit(torch.randn(256))
+    writers = R.writers(model)
+    for left_out in (None, 0, 3, 24, 47, 48):
+        hook = lambda module, args, output: R.replace_first(output, R.project_out(R.first(output), r))
+        with R.hooked([m.register_forward_hook(hook) for i, m in enumerate(writers) if i != left_out]):
+            if left_out is None:
+                R.check_erased(model, r)
+                continue
+            where = f"block {(left_out - 1) // 2}" if left_out else "the embeddings"
+            with pytest.raises(R.CannotDo, match=f"written to the stream by {where} "):
+                R.check_erased(model, r)
 
 
 class SmallMemory(TorchDispatchMode):
@@ -880,7 +896,7 @@ class SmallMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        if isinstance(out, torch.Tensor) and out.numel() > self.most:
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() > self.most:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return out
@@ -889,23 +905,20 @@ class SmallMemory(TorchDispatchMode):
 def test_running_out_of_memory_changes_no_result(toy):
     model, tokenizer = toy
     R.writers(model)
-    directions, replies = torch.randn(25, 4, 32, generator=torch.Generator().manual_seed(0)), ["I swim", "", "rain in the dark"]
-    prompts = PROMPTS * 2
-    works = {
-        "means": (2000, lambda: R.mean_activations(model, tokenizer, prompts)),
-        "scores": (2000, lambda: R.refusal_scores(model, tokenizer, prompts)),
-        "attribution": (10_000, lambda: torch.cat([torch.tensor(part).flatten() for part in R.attribution(model, tokenizer, directions, prompts)])),
-        "projections": (2000, lambda: R.projections(model, tokenizer, prompts, directions[0, 0])),
-        "reply loss": (20_000, lambda: torch.tensor(R.reply_loss(model, tokenizer, prompts, replies * 2))),
-    }  # fmt: skip
-    for name, (most, work) in works.items():
+    directions, prompts, replies = torch.randn(100, 4, 32), PROMPTS * 2, ["I swim", "", "rain in the dark"] * 2
+    estimate = lambda: torch.cat([torch.as_tensor(x).flatten() for x in R.attribution(model, tokenizer, directions, prompts)])
+    for most, work in (  # enough for one or two prompts
+        (5000, lambda: R.mean_activations(model, tokenizer, prompts)),
+        (5000, lambda: R.projections(model, tokenizer, prompts, directions[0, 0])),
+        (20_000, lambda: R.refusal_scores(model, tokenizer, prompts)),
+        (20_000, estimate),  # it runs out in the middle of a sum
+        (20_000, lambda: torch.tensor(R.reply_loss(model, tokenizer, prompts, replies))),
+        (20_000, lambda: tokenizer(R.generate(model, tokenizer, prompts, 4), padding=True, return_tensors="pt")["input_ids"]),
+    ):
         whole = work()
         with SmallMemory(most) as memory:
-            torch.testing.assert_close(work(), whole, atol=1e-5, rtol=1e-5, msg=name)
-        assert memory.refused, name
-    whole = R.generate(model, tokenizer, prompts, 4)
-    with SmallMemory(2000) as memory:
-        assert R.generate(model, tokenizer, prompts, 4) == whole and memory.refused
+            torch.testing.assert_close(work(), whole, atol=1e-4, rtol=1e-4)
+        assert memory.refused
 
 
 def test_no_memory_for_one_prompt(toy, monkeypatch, capsys):
@@ -915,7 +928,7 @@ def test_no_memory_for_one_prompt(toy, monkeypatch, capsys):
     R.writers(toy[0])
     monkeypatch.setattr(R, "load_model", lambda *arguments: toy)
     with SmallMemory(500):
-        out = one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *FEW)
+        one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *FEW)
 
 
 @pytest.mark.parametrize("kind", ["quantised", "offloaded"])
