@@ -49,7 +49,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # for the tiny model
 
 MODELS = {
@@ -140,7 +140,9 @@ def load_model(name, device="auto", dtype="auto", seed=0):
 def blocks(model):
     """The decoder blocks, in order: the first list of modules that has one entry a layer."""
     if model.config.is_encoder_decoder or model.device.type == "meta":
-        raise CannotDo(f"{type(model).__name__} is no decoder, or its weights are not loaded: a decoder with its weights is needed.")
+        raise CannotDo(
+            f"{type(model).__name__} is no decoder, or its weights are not loaded: a decoder with its weights is needed."
+        )
     config = model.config.get_text_config(decoder=True)
     depths = config.num_hidden_layers, getattr(config, "num_layers", None)  # LongCat counts two layers a block
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
@@ -251,7 +253,7 @@ def in_batches(step, items, batch_size, desc=None, size=len):
 
     When memory runs out, the batch is halved and tried again, down to one item: what step adds up, it must add up at its end.
     """
-    order = sorted(range(len(items)), key=lambda i: size(items[i]))  # similar lengths: little padding
+    order = sorted(range(len(items)), key=lambda i: -size(items[i]))  # similar lengths: little padding; the longest first
     results, start = [None] * len(items), 0
     with tqdm(total=len(items), desc=desc, leave=False, disable=None if desc else True) as bar:
         while start < len(order):
@@ -282,45 +284,84 @@ def forward_arguments(model, batch):
     Subtle: models with learned positions (GPT-2) are silently wrong on left-padded prompts without them.
     Raises CannotDo for tokens that the model does not have, and for more of them than it can read.
     """
-    seq, most = batch["input_ids"].shape[1], getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf)
+    seq, most = (
+        batch["input_ids"].shape[1],
+        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf),
+    )
     if seq > most:
         raise CannotDo(f"a prompt of {seq} tokens is longer than this model can read ({most}): shorten it.")
-    if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # more tokens in the vocabulary are no harm, unused
+    if (
+        batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]
+    ):  # more tokens in the vocabulary are no harm, unused
         raise CannotDo("the tokenizer gives tokens that the model has no embedding for: they do not belong together.")
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = positions(arguments["attention_mask"])
+        arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
     return arguments
 
 
-def positions(mask):
-    """How many tokens stand before each: (batch, seq) -> (batch, seq)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def pack(model, batch, keep=1):
+    """The prompts of a batch in one row without padding, (1, tokens), and what they all open with (a system prompt) only once.
 
-
-def read_opening(model, batch, keep=1):
-    """The same batch with what all its prompts open with (a template's system prompt, say) read once instead of once a prompt.
-
-    Takes forward arguments and returns forward arguments: the rest of the prompts, (batch, seq - opening), and the cached keys and
-    values of the opening; at least the last `keep` tokens of each prompt are in the rest.  The same function to rounding, and on
-    Qwen2.5's template and 8 prompts .67 of the time.  Left as it is where there is little to save, and for models that
-    count positions themselves or cache anything but the keys and values of all tokens (sliding windows, recurrent states).
+    A mask lets every token see the opening and what stands before it in its own prompt: the same function, of half the tokens.
+    Takes forward arguments, and returns them with the index of each prompt's last token, (prompt,), counted as if batch and
+    seq were one axis.  At least the last `keep` tokens of a prompt are its own.
     """
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
     n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - keep)  # tokens of the opening
-    cache, takes = DynamicCache(config=model.config), inspect.signature(model.forward).parameters
-    fits = {"past_key_values", "position_ids"} <= takes.keys() and {type(layer) for layer in cache.layers} == {DynamicLayer}
-    if not fits or n * (len(rows) - 1) < 64:  # a pass more costs as much as reading some 64 tokens
-        return {**batch, "use_cache": False}
-    model.base_model(input_ids=batch["input_ids"].new_tensor([rows[0][:n]]), past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(rows))
-    width, lengths = max(map(len, rows)) - n, batch["attention_mask"].sum(-1, keepdim=True)  # lengths: (batch, 1)
-    own = torch.arange(width, device=model.device) >= width - (lengths - n)  # (batch, width): neither padding nor opening
-    mask = torch.cat([torch.ones_like(own[:, :1]).expand(-1, n), own], dim=1).long()  # (batch, opening + width)
-    return {
-        "input_ids": batch["input_ids"][:, -width:], "attention_mask": mask, "position_ids": positions(mask)[:, n:],
-        "past_key_values": cache, "use_cache": True,
-    }  # fmt: skip
+    rests = [row[n:] for row in rows]
+    ids, places = [*rows[0][:n], *sum(rests, [])], [*range(n), *(n + j for rest in rests for j in range(len(rest)))]
+    owner = torch.tensor([-1] * n + [i for i, rest in enumerate(rests) for _ in rest], device=model.device)  # (tokens,)
+    seen = ((owner[:, None] == owner) | (owner == -1)).tril()  # (tokens, tokens): does the row's token see the column's?
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(model.dtype).min)
+    tensor = lambda numbers: torch.tensor([numbers], device=model.device)
+    arguments = {"input_ids": tensor(ids), "position_ids": tensor(places), "attention_mask": mask[None, None], "use_cache": False}
+    return arguments, n - 1 + torch.tensor([len(rest) for rest in rests], device=model.device).cumsum(0)
+
+
+TRIED = weakref.WeakKeyDictionary()  # model -> the longest prompt that packing was tried with, and whether it went well
+
+
+def arrange(model, batch, keep=1):
+    """Forward arguments and last tokens as `pack` returns them: packed, or for models that do not allow it the batch as it is.
+
+    Some do not: recurrent ones, those that count positions themselves, prompts longer than a sliding window.  So packing is
+    tried out on a batch's two longest prompts, if they are the longest so far, and given up where the logits differ.
+    """
+
+    def padded(batch):
+        rows, seq = batch["input_ids"].shape
+        return {**batch, "use_cache": False}, torch.arange(1, rows + 1, device=model.device) * seq - 1
+
+    lengths = batch["attention_mask"].sum(-1)  # (prompt,)
+    longest, same = TRIED.get(model, (0, "position_ids" in batch and not is_recurrent(model)))
+    if len(lengths) < 2 or lengths.sum() > 2048 or not same:  # the mask grows with the square of the tokens
+        return padded(batch)
+    if lengths.max() > longest:
+        two = {name: tensor[lengths.topk(2).indices] for name, tensor in batch.items()}
+        try:
+            with torch.no_grad():
+                a, b = (first_logits(model, *way).float() for way in (padded(two), pack(model, two)))
+            same = bool((a - b).norm() <= max(1e-4, 3 * torch.finfo(model.dtype).eps) * a.norm())
+        except Exception:  # whatever a model makes of a mask that it does not expect
+            same = False
+        TRIED[model] = lengths.max().item(), same
+    return pack(model, batch, keep) if same else padded(batch)
+
+
+def is_recurrent(model):
+    """Does the model remember anything but the keys and values of its tokens?"""
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def first_logits(model, arguments, last):
+    """The logits at every prompt's last token: (prompt, vocab).
+
+    Subtle: asking for these positions alone keeps (batch, seq, vocab) out of memory: gigabytes.
+    """
+    packed = len(arguments["input_ids"]) == 1
+    return model(**arguments, logits_to_keep=last if packed else 1).logits.flatten(0, 1)  # (1, prompt, vocab), (prompt, 1, vocab)
 
 
 # %% 3. Mean activations ----------------------------------------------------------------------------
@@ -386,13 +427,15 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
         sums = [None] * (n_layers + 1)
 
         def see(layer, stream):
-            sums[layer] = stream[:, -n_positions:].cpu().double().sum(0)  # (batch, seq, d_model) -> (position, d_model)
+            x = stream.flatten(0, 1)[tail]  # (batch, seq, d_model) -> (prompt, position, d_model)
+            sums[layer] = x.cpu().double().sum(0)  # (position, d_model)
 
-        batch = read_opening(model, batch, keep=n_positions)
+        arguments, last = arrange(model, batch, keep=n_positions)
+        tail = last[:, None] + torch.arange(1 - n_positions, 1, device=model.device)  # (prompt, position)
         with reading(model, see):
-            model.base_model(**batch)
+            model.base_model(**arguments)
         total = total + torch.stack(sums[:n_layers], dim=1)  # (position, layer, d_model)
-        return [None] * len(batch["input_ids"])
+        return [None] * len(last)
 
     run_batches(step, model, tokenizer, prompts, batch_size, "mean activations")
     return check_finite(total, "activations") / len(prompts)
@@ -401,7 +444,9 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 def check_finite(tensor, what):
     """The tensor, or CannotDo if it holds NaN or infinity: a half-broken model must not go on to give numbers."""
     if not torch.isfinite(tensor).all():
-        raise CannotDo(f"the {what} hold NaN or infinity: this dtype overflows on this model (try --dtype float32), or its weights are broken.")
+        raise CannotDo(
+            f"the {what} hold NaN or infinity: this dtype overflows on this model (try --dtype float32), or its weights are broken."
+        )
     return tensor
 
 
@@ -443,9 +488,10 @@ def projections(model, tokenizer, prompts, direction, position=-1, batch_size=32
     r = unit(direction)
 
     def step(batch):
-        seen = []
-        with reading(model, lambda layer, stream: seen.append(stream[:, position].float().cpu() @ r.cpu())):
-            model.base_model(**batch, use_cache=False)
+        seen, (arguments, last) = [], arrange(model, batch, keep=-position)
+        at = last + position + 1  # (prompt,)
+        with reading(model, lambda layer, stream: seen.append(stream.flatten(0, 1)[at].float().cpu() @ r.cpu())):
+            model.base_model(**arguments)
         return torch.stack(seen, dim=1)  # layer * (batch,) -> (batch, layer)
 
     return check_finite(torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, "projections")), "projections")
@@ -654,7 +700,9 @@ def check_erased(model, r):
 
     def see(layer, x):
         x, along = x.float(), r.to(x.device)  # (batch, seq, d_model) and (d_model,)
-        chance = torch.hypot((x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5)  # (batch, seq); the second: r may be one axis
+        chance = torch.hypot(
+            (x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5
+        )  # (batch, seq); the second: r may be one axis
         left = ((x @ along).abs() / chance.clamp_min(1e-30)).mean().item()
         if not left < tolerance:
             where = "the embeddings" if layer == 0 else f"block {layer - 1}"
@@ -695,14 +743,10 @@ def refusal_tokens(tokenizer):
 
 @torch.no_grad()
 def next_token_logits(model, tokenizer, prompts, batch_size=32, desc=None):
-    """The model's logits for the first token of its reply: (prompt, vocab), float32.
-
-    Subtle: asking for the last position's logits alone keeps (batch, seq, vocab) out of memory: gigabytes.
-    """
+    """The model's logits for the first token of its reply: (prompt, vocab), float32."""
 
     def step(batch):
-        logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1]  # (batch, 1, vocab) -> (batch, vocab)
-        return check_finite(logits.float().cpu(), "logits")
+        return check_finite(first_logits(model, *arrange(model, batch)).float().cpu(), "logits")
 
     return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, desc))
 
@@ -813,19 +857,17 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
             o = first(output)
             outputs.append(o if o.requires_grad else o.requires_grad_())  # the embeddings' outputs are leaves
 
+        arranged = arrange(model, batch)
         with torch.enable_grad(), hooked([module.register_forward_hook(keep) for module in writers(model)]):
-            logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1].float()
-            score = log_odds(logits, tokens).sum()
-            gradients = torch.autograd.grad(score, outputs, allow_unused=True)
+            score = log_odds(first_logits(model, *arranged).float(), tokens).sum()
+            gradients = torch.autograd.grad(score, outputs)
         part = 0
         for o, g in zip(outputs, gradients):
-            if g is None:  # what the last block writes at the opening, nobody reads
-                continue
             r = R.to(o.device)
             moved = (g.float() @ r) * (o.detach().float() @ r)  # (batch, seq, d_model) twice -> (batch, seq, candidate)
             part = part + moved.sum((0, 1)).cpu()
         total, estimate = total + score.item(), estimate - part
-        return [None] * len(logits)
+        return [None] * len(arranged[1])
 
     run_batches(step, model, tokenizer, prompts, batch_size, "attribution")
     return total / len(prompts), check_finite(estimate / len(prompts), "gradients").view(directions.shape[:2])
@@ -1246,7 +1288,10 @@ def look(model, tokenizer, data, chosen, args):
     n = min(len(harmful), len(harmless))
     low, high = wilson(auroc(harmful, harmless) * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
-    say("  detector", f"x . r there tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]")
+    say(
+        "  detector",
+        f"x . r there tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]",
+    )
     tokens, page = [tokenizer.decode([i]) for i in template_tail(tokenizer)], (wants_colour(sys.stdout), page_width())
     shown = [name for name in MAPS if chosen.scores and (args.map or name == "bypass")]
     pictures = [heat_map(chosen.scores, name, tokens, chosen, *page) for name in shown]

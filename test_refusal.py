@@ -233,14 +233,21 @@ def test_padding_changes_nothing(toy, family):
     torch.testing.assert_close(means, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_reading_the_opening_once_changes_nothing(toy, monkeypatch):
+def as_it_is(model, batch, keep=1):
+    """In place of R.arrange: the padded batch."""
+    rows, seq = batch["input_ids"].shape
+    return {**batch, "use_cache": False}, torch.arange(1, rows + 1) * seq - 1
+
+
+def test_packing_changes_nothing(toy, monkeypatch):
     model, tokenizer = toy
     tokenizer.chat_template = "<|user|>You answer in few words, and you say what you know.<|end|>" + TEMPLATES["chatml"][0]
     prompts = [*PROMPTS, "Write a poem about rain", "Write a poem"]  # the last is how another one begins
     directions = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
     batch = R.forward_arguments(model, R.tokenize(tokenizer, prompts))
-    rest = R.read_opening(model, batch, keep=4)
-    assert rest["input_ids"].shape[1] + 20 < batch["input_ids"].shape[1] and R.read_opening(model, batch, keep=60)["use_cache"] is False
+    packed, last = R.arrange(model, batch, keep=4)
+    opening = len(os.path.commonprefix([ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]))
+    assert opening > 20 and packed["input_ids"].shape == (1, batch["attention_mask"].sum() - 4 * opening) and len(last) == 5
     measure = lambda: (
         R.next_token_logits(model, tokenizer, prompts),
         R.mean_activations(model, tokenizer, prompts),
@@ -250,7 +257,7 @@ def test_reading_the_opening_once_changes_nothing(toy, monkeypatch):
     for way in (nullcontext(), R.ablate(model, r), R.add(model, r, 2)):
         with way:
             ours.append(measure())
-    monkeypatch.setattr(R, "read_opening", lambda model, batch, keep=1: {**batch, "use_cache": False})
+    monkeypatch.setattr(R, "arrange", as_it_is)
     for way, once in zip((nullcontext(), R.ablate(model, r), R.add(model, r, 2)), ours):
         with way:
             torch.testing.assert_close(once, measure(), atol=1e-4, rtol=1e-4)
@@ -1641,7 +1648,7 @@ def test_exercise_2_mean_activations():
             states = stream(model, {"input_ids": R.tokenize(tokenizer, [prompt])["input_ids"]})
         tail = torch.stack([state[0, -2:].double() for state in states], dim=1)  # (position, n_layers + 1, d_model)
         means, leaving = [*means, tail[:, :-1]], [*leaving, tail[:, 1:]]
-    by_length = sorted(range(n), key=lambda i: len(PROMPTS[i]))  # as the batches are
+    by_length = sorted(range(n), key=lambda i: -len(PROMPTS[i]))  # as the batches are
     uneven = (sum(means[i] for i in by_length[:2]) / 2 + means[by_length[2]]) / 2
     want = sum(means) / n
     check(R.mean_activations(model, tokenizer, PROMPTS, batch_size=2), want, "the mean", **{
@@ -1838,7 +1845,7 @@ def answer_add(change, late=0):
 def answer_means(finish, layer=0, one_by_one=False):
     def mean_activations(model, tokenizer, prompts, batch_size=32):
         sums = []
-        prompts = sorted(prompts, key=len)
+        prompts = sorted(prompts, key=len, reverse=True)
         for start in range(0, len(prompts), batch_size):
             batch = R.forward_arguments(model, R.tokenize(tokenizer, prompts[start : start + batch_size]))
             tails = torch.stack([x[:, -2:].double() for x in stream(model, batch)[layer : layer + 4]], dim=2)
@@ -2270,14 +2277,6 @@ def prove(model, seed=0):
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
     base, notes = logits(), []
 
-    # reading what prompts open with once: the same logits
-    opening, full = torch.randint(3, 100, (40,), generator=generator).tolist(), torch.zeros(3, 53, dtype=torch.long)
-    for row, n in zip(full, (5, 9, 13)):
-        row[-40 - n :] = torch.tensor(opening + torch.randint(3, 100, (n,), generator=generator).tolist())
-    batch = R.forward_arguments(model, {"input_ids": full, "attention_mask": (full > 0).long()})
-    once, whole = (model(**arguments).logits[:, -1] for arguments in (R.read_opening(model, batch), {**batch, "use_cache": False}))
-    assert apart([once], [whole]) < 1e-4, "reading the opening once changes the logits"
-
     # ablate: nothing of r in any sum, and nothing stays behind
     try:
         with R.ablate(model, 3 * r):
@@ -2296,6 +2295,14 @@ def prove(model, seed=0):
     if notes:
         assert greedy(True) != greedy(False), notes[0]
         notes = ["cached and uncached replies differ without hooks, too"]
+
+    # packed prompts: the same logits, or not packed
+    opening, full = torch.randint(3, 100, (40,), generator=generator).tolist(), torch.zeros(3, 72, dtype=torch.long)
+    for row, n in zip(full, (5, 9, 32)):  # 72 tokens: past a sliding window of 64
+        row[-40 - n :] = torch.tensor(opening + torch.randint(3, 100, (n,), generator=generator).tolist())
+    batch = R.forward_arguments(model, {"input_ids": full, "attention_mask": (full > 0).long()})
+    packed, plain = (R.first_logits(model, *way(model, batch)) for way in (R.arrange, as_it_is))
+    assert apart([packed], [plain]) < 1e-4, "packing changes the logits"
 
     # add: exactly coefficient * vector, at its layer
     def streams():
@@ -2541,15 +2548,15 @@ def bench(folder="tiny", sample=3):
             bare()
 
     print(line.format("ablated forward, with ablate()'s probe", *ratio(enter, bare)))
-    opening, score = R.read_opening, lambda: R.refusal_scores(model, tokenizer, val[0])
+    arrange, score = R.arrange, lambda: R.refusal_scores(model, tokenizer, val[0])
 
     @contextmanager
-    def reading_all():
-        R.read_opening = lambda model, batch, keep=1: {**batch, "use_cache": False}
+    def padded():
+        R.arrange = as_it_is
         yield
-        R.read_opening = opening
+        R.arrange = arrange
 
-    print("refusal scores with every opening read {:.3f} s, read once {:.3f} s: {:.2f}x".format(*ratio(score, score, reading_all)))
+    print("refusal scores of padded prompts {:.3f} s, of packed ones {:.3f} s: {:.2f}x".format(*ratio(score, score, padded)))
     bench_growth(train)
 
 
