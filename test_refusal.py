@@ -2517,7 +2517,7 @@ def bench(folder="tiny", sample=3):
         f"plain: means measured; sweeps measured on {len(everything)} of {whole} candidates"
         + (", extrapolated to all" if times > 1 else "")
     )
-    print(f"{'':<24}{'seconds':>10}{'prompt-forwards':>18}{'tokens':>10}   (attribution's backward pass is in the seconds only)")
+    print(f"{'':<24}{'seconds':>10}{"rows":>18}{'tokens':>10}   (a packed row holds many prompts; attribution's backward pass is in the seconds only)")
     for name, row in (
         ("plain means", plain_m),
         ("plain, all", plain_all),
@@ -2574,7 +2574,7 @@ def bench_growth(train):
         means = timed(model, lambda: [R.mean_activations(model, tokenizer, prompts) for prompts in few])
         search = timed(model, lambda: R.select_direction(model, tokenizer, means[3][0] - means[3][1], *few, patience=2))
         print(
-            f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} prompt-forwards; search {search[0]:.2f} s, {search[1]} prompt-forwards"
+            f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} rows; search {search[0]:.2f} s, {search[1]} rows"
         )
 
 
