@@ -1419,7 +1419,7 @@ def show_table(refused, cost, weights, dose):
         harmful, harmless = (cell(kinds.get(kind), before.get(kind)) for kind in ("harmful", "harmless"))
         say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<34}{harmless}")
     say("", "p: exact McNemar test of the change from no intervention on the same prompts")
-    say("  weights", weights)
+    say("  weights", str(weights))
     say(
         "  cost",
         "on harmless prompts: KL of the next token +- its standard error, cross-entropy of the model's own unablated replies (nats a token)",
