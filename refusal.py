@@ -174,12 +174,13 @@ def load_prompts(path):
         text = "\0"
     if "\0" in text:
         raise BadUse(f"{path} is not UTF-8 text: save it as UTF-8, one instruction a line.")
-    prompts = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+    lines = text.split("\n")  # subtle: splitlines() would end a line at a form feed, too
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST_PROMPT:
+            raise BadUse(f"line {number} of {path} has {len(line)} characters and {LONGEST_PROMPT} are the most: one instruction a line.")
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise BadUse(f"{path} holds no instruction: write one a line.")
-    longest = max(prompts, key=len)
-    if len(longest) > LONGEST_PROMPT:
-        raise BadUse(f"{path} has a line of {len(longest)} characters ({visible(longest, 30)}): {LONGEST_PROMPT} are the most.")
     return prompts
 
 
@@ -383,11 +384,13 @@ def replace_first(output, tensor):
 
 @contextmanager
 def hooked(handles):
-    """Hooks in while the block runs, hooks out afterwards, whatever happened."""
+    """Hooks in while the block runs, hooks out afterwards, whatever happened.  handles: a generator that puts them in."""
+    there = []
     try:
+        there.extend(handles)
         yield
     finally:
-        for handle in handles:
+        for handle in there:
             handle.remove()
 
 
@@ -401,9 +404,9 @@ def reading(model, see):
         return lambda module, args, kwargs: see(layer, args[0] if args else kwargs.get("hidden_states"))
 
     stack = blocks(model)
-    handles = [block.register_forward_pre_hook(enters(layer), with_kwargs=True) for layer, block in enumerate(stack)]
-    handles.append(stack[-1].register_forward_hook(lambda module, args, output: see(len(stack), first(output))))
-    with hooked(handles):
+    handles = (block.register_forward_pre_hook(enters(layer), with_kwargs=True) for layer, block in enumerate(stack))
+    leaves = lambda module, args, output: see(len(stack), first(output))
+    with hooked(handles), hooked([stack[-1].register_forward_hook(leaves)]):
         yield
 
 
@@ -554,7 +557,7 @@ def trace_writers(model):
             made.setdefault(result.grad_fn, (module, args, result))  # inner modules finish first: keep the innermost
 
     stack = blocks(model)
-    handles = [m.register_forward_hook(record) for m in model.modules() if m not in set(stack)]
+    handles = (m.register_forward_hook(record) for m in model.modules() if m not in set(stack))
     with hooked(handles), reading(model, lambda layer, x: stream.append(x)):
         model.base_model(probe_tokens(model), use_cache=False)
     if len(stream) != len(stack) + 1 or any(getattr(x, "grad_fn", None) is None for x in stream):
@@ -640,7 +643,7 @@ def ablate(model, direction):
     def hook(module, args, output):
         return replace_first(output, project_out(first(output), r))
 
-    with hooked([module.register_forward_hook(hook) for module in writers(model)]):
+    with hooked(module.register_forward_hook(hook) for module in writers(model)):
         check_erased(model, r)
         yield
 
@@ -858,7 +861,7 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
             outputs.append(o if o.requires_grad else o.requires_grad_())  # the embeddings' outputs are leaves
 
         arranged = arrange(model, batch)
-        with torch.enable_grad(), hooked([module.register_forward_hook(keep) for module in writers(model)]):
+        with torch.enable_grad(), hooked(module.register_forward_hook(keep) for module in writers(model)):
             score = log_odds(first_logits(model, *arranged).float(), tokens).sum()
             gradients = torch.autograd.grad(score, outputs)
         part = 0
@@ -1064,8 +1067,8 @@ def generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=32, desc=N
         tokens = model.generate(**batch)[:, batch["input_ids"].shape[1] :]  # (batch, seq + new) -> (batch, new)
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-    model.generation_config = plain
     try:
+        model.generation_config = plain
         return run_batches(step, model, tokenizer, prompts, batch_size, desc)
     finally:
         model.generation_config = own
@@ -1148,7 +1151,12 @@ MILD_PROMPTS = (  # for show: nothing here that a reader would mind
 
 def say(stage, text):
     """One line of the story; lines after the first hang under it."""
-    print(f"{stage:<13}" + text.replace("\n", "\n" + " " * 13), flush=True)
+    print(f"{stage:<13}" + ("\n" + " " * 13).join(map(escaped, text.split("\n"))), flush=True)
+
+
+def escaped(text):
+    """The text with its control characters made visible: no model, prompt or file name may write to the terminal's controls."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def top_tokens(logits, tokenizer, k=5):
@@ -1157,17 +1165,35 @@ def top_tokens(logits, tokenizer, k=5):
     return ", ".join(f"{tokenizer.decode([i])!r} {100 * q:.0f}%" for q, i in zip(p.tolist(), ids.tolist()))
 
 
+def check_prompts(model, tokenizer, prompts, max_new_tokens):
+    """BadUse for a prompt that breaks out of the chat template, or that is too long for the model with its reply."""
+    # Subtle: all_special_tokens are not all special tokens, and Llama 2 ends the instruction in plain text.
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control += [tail] if (tail := tokenizer.decode(template_tail(tokenizer)).strip()) else []
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    for prompt in prompts:
+        for token in control:
+            if token in prompt:
+                raise BadUse(f"the prompt {visible(prompt, 60)!r} contains the model's control token {token}: take it out.")
+        size = tokenize(tokenizer, [prompt])["input_ids"].shape[1] + max_new_tokens
+        if size > room:
+            raise BadUse(
+                f"the prompt {visible(prompt, 60)!r} and a reply may take {size} tokens and this model can read {room}: "
+                "shorten it, or lower --max-new-tokens."
+            )
+
+
 def prepare(model, tokenizer, args):
     """Stage 2: load, split and filter the prompts.  Returns one namespace a kind: train, val (filtered) and test."""
     kinds = {"harmful": load_prompts(args.harmful), "harmless": load_prompts(args.harmless)}
-    harmless = {prompt.casefold() for prompt in kinds["harmless"]}
-    both = [prompt for prompt in kinds["harmful"] if prompt.casefold() in harmless]
+    same = lambda prompt: " ".join(prompt.casefold().split())  # but for case and spaces
+    harmless = set(map(same, kinds["harmless"]))
+    both = [prompt for prompt in kinds["harmful"] if same(prompt) in harmless]
     if both:
         raise BadUse(f"{len(both)} prompts are in both files, such as {visible(both[0], 60)!r}: each must be one or the other.")
-    for prompt in kinds["harmful"] + kinds["harmless"]:
-        for token in tokenizer.all_special_tokens:  # it would end the instruction where the template does not
-            if token in prompt:
-                raise BadUse(f"the prompt {visible(prompt, 60)!r} contains the model's control token {token}: take it out.")
+    parts = {kind: split(prompts, args.n_train, args.n_val, args.n_test) for kind, prompts in kinds.items()}
+    used = [prompt for lists in parts.values() for part in lists for prompt in part]
+    check_prompts(model, tokenizer, [*args.prompt, *MILD_PROMPTS, *used], args.max_new_tokens)
     tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in str(tokenizer.chat_template)
     say(
         "2 prompts",
@@ -1179,14 +1205,14 @@ def prepare(model, tokenizer, args):
     if "<think>" in tail and "</think>" not in tail:
         say("", "warning: the template makes every reply begin with thinking, so its first token does not tell a refusal")
     tokens, data = refusal_tokens(tokenizer), {}
-    for kind, prompts in kinds.items():
-        train, val, test = split(prompts, args.n_train, args.n_val, args.n_test)
+    for kind, (train, val, test) in parts.items():
         logits = next_token_logits(model, tokenizer, train + val, args.batch_size, f"refusal scores, {kind}")
         scores = log_odds(logits, tokens)
         right = (scores > 0 if kind == "harmful" else scores < 0).tolist()
         data[kind] = SimpleNamespace(
-            train=[p for p, ok in zip(train, right) if ok], val=[p for p, ok in zip(val, right[len(train) :]) if ok], test=test
-        )
+            train=[p for p, ok in zip(train, right) if ok], val=[p for p, ok in zip(val, right[len(train) :]) if ok], test=test,
+            sha256=hashlib.sha256("\n".join(kinds[kind]).encode()).hexdigest(),
+        )  # fmt: skip
         kept = f"{len(data[kind].train)} of {args.n_train} train and {len(data[kind].val)} of {args.n_val} validation prompts"
         say(
             "",
@@ -1479,7 +1505,9 @@ def save(model, tokenizer, chosen, results, target):
                 "the saved model does not give the logits of the one in memory when it is read back: nothing was saved."
             )
         partial.replace(target)  # an empty folder may be replaced, a full one may not
-    except (OSError, SafetensorError) as error:
+    except CannotDo:
+        raise
+    except Exception as error:  # a full disk has three names: OSError, SafetensorError, and tokenizers says Exception
         raise CannotDo(
             f"could not save to {target}: {getattr(error, 'strerror', None) or error}; what was there before is untouched."
         ) from None
@@ -1502,6 +1530,8 @@ def parse(argv):
         number.__name__ = "whole number"  # argparse says: invalid whole number value
         return number
 
+    fail = parser.error
+    parser.error = lambda message: fail(escaped(message))
     parser.add_argument("--model", default="tiny", help=f"one of {', '.join(MODELS)}, a hub id, or a local folder")
     parser.add_argument("--harmful", default=PROMPTS / "harmful.txt", help="file of harmful instructions, one a line")
     parser.add_argument("--harmless", default=PROMPTS / "harmless.txt", help="file of harmless instructions, one a line")
@@ -1550,20 +1580,21 @@ def parse(argv):
         parser.error("--direction names a direction and so does --layer: give one of them.")
     if args.map and (args.direction or args.layer is not None):
         parser.error("--map draws what a search measured: leave out --direction and --layer.")
-    if any(not prompt.strip() for prompt in args.prompt):
-        parser.error("--prompt needs a text.")
-    if args.figure and (args.figure.suffix.lower() not in (".png", ".svg", ".pdf") or not args.figure.absolute().parent.is_dir()):
-        parser.error(f"cannot draw to {args.figure}: name a .png, .svg or .pdf in a folder that exists.")
+    if any(not text.strip() or text != text.encode(errors="ignore").decode() for text in args.prompt):
+        parser.error("--prompt needs a text, in UTF-8.")
+    writable = lambda path: os.path.isdir(path) and os.access(path, os.W_OK)
+    kind = args.figure and args.figure.suffix.lower()
+    if args.figure and (kind not in (".png", ".svg", ".pdf") or not writable(args.figure.parent) or os.path.isdir(args.figure)):
+        parser.error(f"cannot draw to {args.figure}: name a .png, .svg or .pdf in a folder that exists and can be written to.")
     if args.model == "tiny" and args.n_val + args.n_test > 152:
         parser.error("--n-val and --n-test can be 152 together with the tiny model: it is trained on 128 of the 280 prompts.")
     args.exhaustive |= args.map
     if not all(map(math.isfinite, args.coefficient or [])):
         parser.error("--coefficient needs finite numbers.")
-    if args.save:
-        target = Path(args.save)
-        there = next(path for path in [target, *target.absolute().parents] if path.exists())  # the part of the path that exists
-        if not there.is_dir() or not os.access(there, os.W_OK) or (there == target and any(target.iterdir())):
-            parser.error(f"{there} is not an empty folder that can be written to: name a new one.")
+    if args.save is not None:
+        there = next(path for path in Path(args.save).absolute().parents if os.path.lexists(path))
+        if os.path.lexists(Path(args.save)) or not writable(there):
+            parser.error(f"cannot save to {args.save!r}: it must be a new folder, in a folder that can be written to.")
     return args
 
 
@@ -1602,9 +1633,7 @@ def run(args):
             "weights": weights,
             "refused": refused,
         }
-        results["prompts_sha256"] = hashlib.sha256(
-            b"".join(Path(file).read_bytes() for file in (args.harmful, args.harmless))
-        ).hexdigest()
+        results["prompts_sha256"] = {kind: part.sha256 for kind, part in data.items()}
         results |= {"cost": cost, **{name: value for name, value in vars(chosen).items() if isinstance(value, (int, float, str))}}
         table = lambda rows: [[None if math.isnan(x) else x for x in row] for row in rows.tolist()]  # (position, layer)
         results["scores"] = {name: table(rows) for name, rows in (chosen.scores or {}).items()}
@@ -1621,7 +1650,7 @@ def main(argv=None):
     try:
         run(parse(argv))
     except (BadUse, CannotDo) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error), 1000)}", file=sys.stderr)
         return 2 if isinstance(error, BadUse) else 1
     except NotImplementedError as error:  # a blank of the classroom's copy, see README
         if not str(error).startswith("exercise "):
@@ -1636,7 +1665,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has gone (head, less): there is nobody to tell
+    except OSError as error:  # our output cannot be written: its reader (head, less) has gone, or its disk is full
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the output cannot be written: {error.strerror}.", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -1670,7 +1701,7 @@ def columns(text):
 
 def visible(text, width=math.inf):
     """Text from a model: control characters named, nothing shown as _, cut with ".." to at most `width` (2 or more) columns."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or "_"
+    text = escaped(text) or "_"
     while columns(text) > width:
         text = text[:-3] + ".."
     return text
@@ -1786,10 +1817,15 @@ def figure(path, scores, tokens, chosen, before, after):
     trace.axvline(chosen.layer, color="0.5", linewidth=0.8)
     trace.set(title="x . r by layer (grey line: where r is from)", xlabel="layer", ylabel="x . r, units of the stream")
     trace.legend()
+    path = Path(path)
+    partial = path.with_stem(f"{path.stem}.partial-{os.getpid()}")
     try:
-        page.savefig(path, dpi=150)
+        page.savefig(partial, dpi=150)
+        partial.replace(path)
     except OSError as error:
         raise CannotDo(f"could not draw to {path}: {error.strerror}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # %% A. A chat model small enough to train here ---------------------------------------------------------

@@ -2517,7 +2517,7 @@ def bench(folder="tiny", sample=3):
         f"plain: means measured; sweeps measured on {len(everything)} of {whole} candidates"
         + (", extrapolated to all" if times > 1 else "")
     )
-    print(f"{'':<24}{'seconds':>10}{"rows":>18}{'tokens':>10}   (a packed row holds many prompts; attribution's backward pass is in the seconds only)")
+    print(f"{'':<24}{'seconds':>10}{'rows':>18}{'tokens':>10}   (a packed row holds many prompts; attribution's backward pass is in the seconds only)")
     for name, row in (
         ("plain means", plain_m),
         ("plain, all", plain_all),
