@@ -650,9 +650,11 @@ QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coeffici
 @pytest.mark.parametrize("content, status, message", [
     (b"Hello\0there\n" + many(), 2, "not UTF-8 text"),
     (many().decode().encode("utf-16"), 2, "not UTF-8 text"),
-    (many(more=["word " * 20_000]), 2, "a line of 99999 characters"),
-    (many(more=["How <|end|> do I"]), 2, "control token <|end|>"),
-    (many(more=["GIVE ME COZY IDEAS TO PAINT AND BRIGHTEN AN OLD KITCHEN"]), 2, "in both files"),
+    (many(more=["word " * 20_000]), 2, "line 281 of"),
+    (many(lambda line: line + " word" * 250), 2, "this model can read 256"),
+    (many(lambda line: line + " <|user|>"), 2, "control token <|user|>"),
+    (many(more=["GIVE ME  COZY IDEAS TO PAINT AND BRIGHTEN AN OLD KITCHEN"]), 2, "in both files"),
+    ("Erklär mir das\n".encode("latin-1") + many(), 2, "not UTF-8 text"),
     (many()[:500], 2, "24 prompts of each kind are needed"),
     (b"\xef\xbb\xbf" + many().replace(b"\n", b"\r\n") + b"\r\n\r\n", 0, ""),  # from a Windows editor
     (many(lambda line: line.replace(" ", " \f\u2028\x1b]0;title\x07", 1)), 0, ""),  # odd characters, none of which ends a line
@@ -676,29 +678,59 @@ before = peak(); parts = R.split(R.load_prompts(sys.argv[1]), 128, 32, 100); pri
     assert kept == 260 and mebibytes < 800
 
 
-def test_an_interruption_leaves_nothing_behind(toy, monkeypatch):
-    """Ctrl-C in the middle of a forward pass, under every intervention and in every function that changes the model for a while."""
-    model, tokenizer = toy
-    directions, own, threads = torch.randn(2, 4, 32), model.generation_config, torch.get_num_threads()
-    count = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    R.writers(model)
+def state(model):
+    """What an interruption must not leave changed."""
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return hooks, any(p.requires_grad for p in model.parameters()), id(model.generation_config), model.training
 
+
+def test_an_interruption_leaves_nothing_behind(toy, monkeypatch):
+    """Ctrl-C at every module that is run and at every hook that is put in, in everything that changes the model for a while."""
+    model, tokenizer = toy
+    r, before = torch.randn(32), state(model)
+    left = math.inf  # until the interruption
+
+    def tick(*arguments):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    for name in ("register_forward_hook", "register_forward_pre_hook"):
+        real = getattr(torch.nn.Module, name)
+        monkeypatch.setattr(torch.nn.Module, name, lambda *args, real=real, **more: (tick(), real(*args, **more))[1])
+
+    def nested():
+        with R.ablate(model, r), R.add(model, r, 1):
+            R.mean_activations(model, tokenizer, PROMPTS[:1])
+
+    works = {
+        "the means": nested, "the writers": lambda: (R.WRITERS.clear(), R.writers(model)), "the weights": lambda: R.orthogonalize(model, 0 * r + 1),
+        "attribution": lambda: R.attribution(model, tokenizer, torch.randn(2, 4, 32), PROMPTS[:1]),
+        "replies": lambda: R.generate(model, tokenizer, PROMPTS[:1], 2), "projections": lambda: R.projections(model, tokenizer, PROMPTS[:1], r),
+    }  # fmt: skip
+    everywhere = torch.nn.modules.module.register_module_forward_pre_hook(tick)
+    try:
+        for name, work in works.items():
+            R.writers(model)
+            for at in range(1, 10_000):
+                left = at
+                try:
+                    work()
+                    break  # it was over before
+                except KeyboardInterrupt:
+                    assert state(model) == before, f"{name}, interrupted at {at}"
+            assert at > 20, name
+            left = math.inf
+    finally:
+        everywhere.remove()
+
+
+def test_interrupted_training_gives_the_threads_back(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    works = [
-        lambda: R.mean_activations(model, tokenizer, PROMPTS), lambda: R.attribution(model, tokenizer, directions, PROMPTS),
-        lambda: R.projections(model, tokenizer, PROMPTS, directions[0, 0]), lambda: R.generate(model, tokenizer, PROMPTS, 4),
-        lambda: R.select_direction(model, tokenizer, directions, PROMPTS, PROMPTS), lambda: R.orthogonalize(model, directions[0, 0]),
-    ]  # fmt: skip
-    for context in (nullcontext(), R.ablate(model, directions[0, 0]), R.add(model, directions[0, 0], 1)):
-        for work in works:
-            with context if work is works[0] else nullcontext():
-                late = model.model.layers[3].mlp.register_forward_hook(interrupt)
-                with pytest.raises(KeyboardInterrupt):
-                    work()
-                late.remove()
-        assert count() == 0 and model.generation_config is own and not any(p.requires_grad for p in model.parameters())
+    threads = torch.get_num_threads()
     monkeypatch.setattr(R, "tune", interrupt)
     torch.set_num_threads(2)
     with pytest.raises(KeyboardInterrupt):
@@ -720,31 +752,41 @@ def test_ctrl_c_ends_in_one_word(saved_tiny, tmp_path, at):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_while_saving(saved_tiny, tmp_path):
-    (tmp_path / "out").mkdir()
+@pytest.mark.parametrize("limit", [100, 25_000, 57_000, 100_000])  # ends in the config, the weights, the tokenizer, the numbers
+def test_a_full_disk_while_saving(toy, tmp_path, capsys, limit):  # capsys: what is printed meanwhile stays in memory
+    _, tokenizer = toy
+    tokenizer.add_tokens([f"word{i}" for i in range(300)])
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    work = lambda: R.save(model, tokenizer, SimpleNamespace(vector=torch.ones(8)), {"many": [0] * 40_000}, tmp_path / "out")
+    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))  # no file may grow beyond: the write fails, as on a full disk
+        with pytest.raises(R.CannotDo, match="could not save to .*File too large.*untouched"):
+            work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+    assert not list(tmp_path.iterdir())
+    work()
+    assert sorted(path.stat().st_size > limit for path in (tmp_path / "out").iterdir())[-1], "this limit is none"
 
-    def small_disk():  # what a process may write to a file ends at 500 kB
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
-    command = [sys.executable, R.__file__, "--model", str(saved_tiny), *map(str, QUICK), "--save", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk)
-    assert done.returncode == 1 and "could not save" in done.stderr and "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
-
-
-def test_save_refuses_what_is_in_the_way(saved_tiny, tmp_path, toy, capsys):
+def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    for target in ("file", "full", "file/below"):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "link.png").mkdir()
+    for argument in ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--figure=link.png", "--figure=full/a/b.png"):
+        name, _, target = argument.partition("=")
         with pytest.raises(SystemExit) as exit:
-            R.parse(["--save", str(tmp_path / target)])
-        assert exit.value.code == 2
-    with pytest.raises(R.CannotDo, match="could not save"):  # it was empty when the program began
-        R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / "full")
+            R.parse([name, str(tmp_path / target) if target else ""])
+        assert exit.value.code == 2 and "cannot " in capsys.readouterr().err
+    for target in ("full", "link", "file"):  # it was not there when the program began
+        with pytest.raises(R.CannotDo, match="could not save"):
+            R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / target)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "x").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link", "link.png"]
 
 
 def test_a_saved_model_that_is_not_the_one_in_memory_is_not_kept(toy, tmp_path):
