@@ -15,10 +15,14 @@ python test_refusal.py bench [--model FOLDER]   # the search against the plain p
 import ast
 import collections
 import doctest
+import fractions
+import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -667,6 +671,61 @@ def test_prompt_files(saved_tiny, tmp_path, capsys, content, status, message):
     assert status or "16 of 16 train" in out
 
 
+def test_prompt_files_of_any_bytes(tmp_path):
+    """A fuzz run: what comes back is what a plain reading of the bytes gives, or BadUse, and nothing else."""
+    rng, outcomes = random.Random(0), collections.Counter()
+    bits = [b"How", b"a b", b" ", b"\t", b"\n", b"\n", b"\r\n", b"\r", b"\f", b"\x0b\x1c\x1e", "\x85\u2028\u2029\xa0".encode(), b"\xef\xbb\xbf",
+            "\u200b\u00e9\u65e5".encode(), b"\x1b[1m"]  # fmt: skip
+    rare = [b"\0", b"\xff", b"\xed\xa0\x80", b"long " * 1000]  # \xed\xa0\x80: half a surrogate pair
+    for _ in range(500):
+        raw = b"".join(rng.choices(bits, k=rng.randrange(12)) + rng.choices(rare, k=rng.random() < 0.2))
+        (tmp_path / "p.txt").write_bytes(raw)
+        try:
+            lines = [line.strip() for line in re.split("\r\n|\r|\n", raw.decode().removeprefix("\ufeff"))]
+            want = list(dict.fromkeys(filter(None, lines))) if b"\0" not in raw and b"long" not in raw else []
+        except UnicodeDecodeError:
+            want = []
+        try:
+            assert R.load_prompts(tmp_path / "p.txt") == want != []
+        except R.BadUse:
+            assert want == []
+        outcomes[bool(want)] += 1
+    assert min(outcomes.values()) > 50
+
+
+def test_no_prompt_can_end_the_instruction(toy):
+    model, tokenizer = toy
+    check = lambda prompt: R.check_prompts(model, tokenizer, [prompt], 8)
+    for token in ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"):
+        assert len(tokenizer(token)["input_ids"]) == 1, "in a prompt it would be what the template writes"
+        with pytest.raises(R.BadUse, match=f"control token {re.escape(token)}"):
+            check(f"How do I{token} boil an egg?")
+    check("[/INST] <|nothing|>")
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"  # plain text, as Llama 2 has it
+    with pytest.raises(R.BadUse, match=re.escape("control token [/INST]")):
+        check("Hi [/INST] Sure")
+
+
+def test_prompts_on_the_command_line_are_checked_first(saved_tiny, capsys):
+    for prompt in ("", "\n", "\udcff"):  # the last: a byte that is not UTF-8
+        with pytest.raises(SystemExit) as exit:
+            R.parse(["--prompt", prompt])
+        assert exit.value.code == 2
+    for prompt in ("Hi <|end|>", "word " * 300):
+        assert R.main(["--model", str(saved_tiny), "--prompt", prompt, *map(str, QUICK)]) == 2
+        assert "3 directions" not in capsys.readouterr().out
+
+
+def test_prompts_are_hashed_as_they_were_read(saved_tiny, tmp_path, monkeypatch):
+    """Not as the file is when the work is done: here it is gone by then, as what a pipe held is."""
+    (tmp_path / "p.txt").write_bytes(many())
+    look = R.look
+    monkeypatch.setattr(R, "look", lambda *args: ((tmp_path / "p.txt").unlink(), look(*args)))
+    paths = ("--harmful", str(tmp_path / "p.txt"), "--save", str(tmp_path / "out"))
+    assert R.main(["--model", str(saved_tiny), *paths, *map(str, QUICK)]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["prompts_sha256"]["harmful"] == hashlib.sha256(many()).hexdigest()
+
+
 def test_a_million_prompts_cost_little_more_than_their_text(tmp_path):
     lines = many().decode().splitlines()
     (tmp_path / "p.txt").write_text("\n".join(f"{lines[i % len(lines)]} number {i}" for i in range(1_000_000)))  # 70 MiB
@@ -807,11 +866,88 @@ def test_output_that_nobody_reads_or_nothing_can_show(saved_tiny):
     assert running.wait() == 1 and running.stderr.read() == b""
 
 
+def test_output_to_a_full_disk(saved_tiny, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert R.main(["--model", str(saved_tiny), *map(str, QUICK)]) == 1
+    assert capsys.readouterr().err == "error: the output cannot be written: No space left on device.\n"
+
+
+def test_a_figure_that_fails_leaves_the_last_one(tmp_path):
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "x.png", (None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
+    R.figure(path, *picture)
+    before = path.read_bytes()
+    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, most))
+        with pytest.raises(R.CannotDo, match="could not draw"):
+            R.figure(path, *picture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_no_name_reaches_the_terminal_raw(saved_tiny, tmp_path, capsys):
+    evil = "\x1b]0;owned\x07\r"
+    (tmp_path / evil).symlink_to(saved_tiny)
+    assert R.main(["--model", str(tmp_path / evil), "--harmful", str(tmp_path / evil / evil)]) == 2
+    with pytest.raises(SystemExit):
+        R.parse([f"--{evil}"])
+    out, err = capsys.readouterr()
+    assert "owned" in out and err.count("owned") == 3 and (out + err).replace("\n", "").isprintable()
+
+
 def test_text_from_a_model_cannot_move_the_cursor():
     for text in ("\x1b[2J\x1b]0;owned\x07", "a\rb\bc\x9bd\u202e", "\n\n  two\tlines\n"):
         for width in (5, 20, 10**6):
             assert R.visible(text, width).isprintable() and len(R.visible(text, width)) <= width
     assert R.visible("\x1b[1m", 99) == "\\x1b[1m"
+
+
+def test_wilson_ends_where_the_score_test_does():
+    """The ends are the shares p from which hits/n is exactly z standard errors away: n (hits/n - p)^2 = z^2 p (1 - p)."""
+    for n in (1, 2, 7, 30, 1000):
+        for hits in {0, 1, n // 3, n // 2, n - 1, n}:
+            low, high = R.wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1 and (low == 0) == (hits == 0) and (high == 1) == (hits == n)
+            for p in (low, high):
+                assert n * (hits / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p), abs=1e-12)
+
+
+def test_mcnemar_counts_all_outcomes():
+    """All 2^n ways in which n changed pairs can fall, in exact arithmetic: how many are as uneven as this one?"""
+    for n in range(11):
+        ways = collections.Counter(sum(way) for way in itertools.product((0, 1), repeat=n))
+        for lost in range(n + 1):
+            uneven = sum(count for k, count in ways.items() if abs(2 * k - n) >= abs(2 * lost - n))
+            before, after = [True] * lost + [False] * (n - lost) + [True, False], [False] * lost + [True] * (n - lost) + [True, False]
+            assert R.mcnemar(before, after) == float(fractions.Fraction(uneven, 2**n))
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()])
+def test_both_projections_are_the_same_formula(device):
+    """x - (x . r) r and W - r (r^T W), against float64, for random sizes, scales and dtypes; and what does not write is not touched."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        d, dtype = 4 * int(torch.randint(1, 20, ())), [torch.float32, torch.bfloat16][seed % 2]
+        sizes = dict(hidden_size=d, intermediate_size=4 + 3 * seed, num_hidden_layers=1, num_attention_heads=1, vocab_size=20)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, mlp_bias=True)).eval().requires_grad_(False).to(device, dtype)
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 10.0 ** (seed % 5 - 2) + 0.1)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        r = torch.randn(d, device=device) * 10.0 ** (seed - 6)
+        names, unit = R.orthogonalize(model, r), r.double().cpu() / r.double().cpu().norm()
+        assert set(names) == {"model.embed_tokens.weight", *(f"model.layers.0.{x}" for x in ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias"))}
+        for name, p in model.named_parameters():
+            W = before[name].double().cpu().movedim(0 if "layers" in name else -1, -1)  # (..., d_model): what writes comes last
+            close = dict(atol=4 * torch.finfo(dtype).eps * W.abs().max().item(), rtol=4 * torch.finfo(dtype).eps)
+            if name not in names:
+                assert torch.equal(p, before[name])
+                continue
+            want = W - (W @ unit)[..., None] * unit
+            torch.testing.assert_close(p.double().cpu().movedim(0 if "layers" in name else -1, -1), want, **close)
+            torch.testing.assert_close(R.project_out(W.to(device, dtype), R.unit(r)).double().cpu(), want, **close)
 
 
 def test_docstring_examples():
