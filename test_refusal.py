@@ -15,10 +15,14 @@ python test_refusal.py bench [--model FOLDER]   # the search against the plain p
 import ast
 import collections
 import doctest
+import fractions
+import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -993,9 +997,11 @@ QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coeffici
 @pytest.mark.parametrize("content, status, message", [
     (b"Hello\0there\n" + many(), 2, "not UTF-8 text"),
     (many().decode().encode("utf-16"), 2, "not UTF-8 text"),
-    (many(more=["word " * 20_000]), 2, "a line of 99999 characters"),
-    (many(more=["How <|end|> do I"]), 2, "control token <|end|>"),
-    (many(more=["GIVE ME COZY IDEAS TO PAINT AND BRIGHTEN AN OLD KITCHEN"]), 2, "in both files"),
+    (many(more=["word " * 20_000]), 2, "line 281 of"),
+    (many(lambda line: line + " word" * 250), 2, "this model can read 256"),
+    (many(lambda line: line + " <|user|>"), 2, "control token <|user|>"),
+    (many(more=["GIVE ME  COZY IDEAS TO PAINT AND BRIGHTEN AN OLD KITCHEN"]), 2, "in both files"),
+    ("Erklär mir das\n".encode("latin-1") + many(), 2, "not UTF-8 text"),
     (many()[:500], 2, "24 prompts of each kind are needed"),
     (b"\xef\xbb\xbf" + many().replace(b"\n", b"\r\n") + b"\r\n\r\n", 0, ""),  # from a Windows editor
     (many(lambda line: line.replace(" ", " \f\u2028\x1b]0;title\x07", 1)), 0, ""),  # odd characters, none of which ends a line
@@ -1006,6 +1012,61 @@ def test_prompt_files(saved_tiny, tmp_path, capsys, content, status, message):
     out, err = capsys.readouterr()
     assert message in err and len(err.splitlines()) <= 1 and "\x1b" not in out + err
     assert status or "16 of 16 train" in out
+
+
+def test_prompt_files_of_any_bytes(tmp_path):
+    """A fuzz run: what comes back is what a plain reading of the bytes gives, or BadUse, and nothing else."""
+    rng, outcomes = random.Random(0), collections.Counter()
+    bits = [b"How", b"a b", b" ", b"\t", b"\n", b"\n", b"\r\n", b"\r", b"\f", b"\x0b\x1c\x1e", "\x85\u2028\u2029\xa0".encode(), b"\xef\xbb\xbf",
+            "\u200b\u00e9\u65e5".encode(), b"\x1b[1m"]  # fmt: skip
+    rare = [b"\0", b"\xff", b"\xed\xa0\x80", b"long " * 1000]  # \xed\xa0\x80: half a surrogate pair
+    for _ in range(500):
+        raw = b"".join(rng.choices(bits, k=rng.randrange(12)) + rng.choices(rare, k=rng.random() < 0.2))
+        (tmp_path / "p.txt").write_bytes(raw)
+        try:
+            lines = [line.strip() for line in re.split("\r\n|\r|\n", raw.decode().removeprefix("\ufeff"))]
+            want = list(dict.fromkeys(filter(None, lines))) if b"\0" not in raw and b"long" not in raw else []
+        except UnicodeDecodeError:
+            want = []
+        try:
+            assert R.load_prompts(tmp_path / "p.txt") == want != []
+        except R.BadUse:
+            assert want == []
+        outcomes[bool(want)] += 1
+    assert min(outcomes.values()) > 50
+
+
+def test_no_prompt_can_end_the_instruction(toy):
+    model, tokenizer = toy
+    check = lambda prompt: R.check_prompts(model, tokenizer, [prompt], 8)
+    for token in ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"):
+        assert len(tokenizer(token)["input_ids"]) == 1, "in a prompt it would be what the template writes"
+        with pytest.raises(R.BadUse, match=f"control token {re.escape(token)}"):
+            check(f"How do I{token} boil an egg?")
+    check("[/INST] <|nothing|>")
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"  # plain text, as Llama 2 has it
+    with pytest.raises(R.BadUse, match=re.escape("control token [/INST]")):
+        check("Hi [/INST] Sure")
+
+
+def test_prompts_on_the_command_line_are_checked_first(saved_tiny, capsys):
+    for prompt in ("", "\n", "\udcff"):  # the last: a byte that is not UTF-8
+        with pytest.raises(SystemExit) as exit:
+            R.parse(["--prompt", prompt])
+        assert exit.value.code == 2
+    for prompt in ("Hi <|end|>", "word " * 300):
+        assert R.main(["--model", str(saved_tiny), "--prompt", prompt, *map(str, QUICK)]) == 2
+        assert "3 directions" not in capsys.readouterr().out
+
+
+def test_prompts_are_hashed_as_they_were_read(saved_tiny, tmp_path, monkeypatch):
+    """Not as the file is when the work is done: here it is gone by then, as what a pipe held is."""
+    (tmp_path / "p.txt").write_bytes(many())
+    look = R.look
+    monkeypatch.setattr(R, "look", lambda *args: ((tmp_path / "p.txt").unlink(), look(*args)))
+    paths = ("--harmful", str(tmp_path / "p.txt"), "--save", str(tmp_path / "out"))
+    assert R.main(["--model", str(saved_tiny), *paths, *map(str, QUICK)]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["prompts_sha256"]["harmful"] == hashlib.sha256(many()).hexdigest()
 
 
 def test_a_million_prompts_cost_little_more_than_their_text(tmp_path):
@@ -1019,29 +1080,59 @@ before = peak(); parts = R.split(R.load_prompts(sys.argv[1]), 128, 32, 100); pri
     assert kept == 260 and mebibytes < 800
 
 
-def test_an_interruption_leaves_nothing_behind(toy, monkeypatch):
-    """Ctrl-C in the middle of a forward pass, under every intervention and in every function that changes the model for a while."""
-    model, tokenizer = toy
-    directions, own, threads = torch.randn(2, 4, 32), model.generation_config, torch.get_num_threads()
-    count = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    R.writers(model)
+def state(model):
+    """What an interruption must not leave changed."""
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return hooks, any(p.requires_grad for p in model.parameters()), id(model.generation_config), model.training
 
+
+def test_an_interruption_leaves_nothing_behind(toy, monkeypatch):
+    """Ctrl-C at every module that is run and at every hook that is put in, in everything that changes the model for a while."""
+    model, tokenizer = toy
+    r, before = torch.randn(32), state(model)
+    left = math.inf  # until the interruption
+
+    def tick(*arguments):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    for name in ("register_forward_hook", "register_forward_pre_hook"):
+        real = getattr(torch.nn.Module, name)
+        monkeypatch.setattr(torch.nn.Module, name, lambda *args, real=real, **more: (tick(), real(*args, **more))[1])
+
+    def nested():
+        with R.ablate(model, r), R.add(model, r, 1):
+            R.mean_activations(model, tokenizer, PROMPTS[:1])
+
+    works = {
+        "the means": nested, "the writers": lambda: (R.WRITERS.clear(), R.writers(model)), "the weights": lambda: R.orthogonalize(model, 0 * r + 1),
+        "attribution": lambda: R.attribution(model, tokenizer, torch.randn(2, 4, 32), PROMPTS[:1]),
+        "replies": lambda: R.generate(model, tokenizer, PROMPTS[:1], 2), "projections": lambda: R.projections(model, tokenizer, PROMPTS[:1], r),
+    }  # fmt: skip
+    everywhere = torch.nn.modules.module.register_module_forward_pre_hook(tick)
+    try:
+        for name, work in works.items():
+            R.writers(model)
+            for at in range(1, 10_000):
+                left = at
+                try:
+                    work()
+                    break  # it was over before
+                except KeyboardInterrupt:
+                    assert state(model) == before, f"{name}, interrupted at {at}"
+            assert at > 20, name
+            left = math.inf
+    finally:
+        everywhere.remove()
+
+
+def test_interrupted_training_gives_the_threads_back(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    works = [
-        lambda: R.mean_activations(model, tokenizer, PROMPTS), lambda: R.attribution(model, tokenizer, directions, PROMPTS),
-        lambda: R.projections(model, tokenizer, PROMPTS, directions[0, 0]), lambda: R.generate(model, tokenizer, PROMPTS, 4),
-        lambda: R.select_direction(model, tokenizer, directions, PROMPTS, PROMPTS), lambda: R.orthogonalize(model, directions[0, 0]),
-    ]  # fmt: skip
-    for context in (nullcontext(), R.ablate(model, directions[0, 0]), R.add(model, directions[0, 0], 1)):
-        for work in works:
-            with context if work is works[0] else nullcontext():
-                late = model.model.layers[3].mlp.register_forward_hook(interrupt)
-                with pytest.raises(KeyboardInterrupt):
-                    work()
-                late.remove()
-        assert count() == 0 and model.generation_config is own and not any(p.requires_grad for p in model.parameters())
+    threads = torch.get_num_threads()
     monkeypatch.setattr(R, "tune", interrupt)
     torch.set_num_threads(2)
     with pytest.raises(KeyboardInterrupt):
@@ -1063,31 +1154,41 @@ def test_ctrl_c_ends_in_one_word(saved_tiny, tmp_path, at):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_while_saving(saved_tiny, tmp_path):
-    (tmp_path / "out").mkdir()
+@pytest.mark.parametrize("limit", [100, 25_000, 57_000, 100_000])  # ends in the config, the weights, the tokenizer, the numbers
+def test_a_full_disk_while_saving(toy, tmp_path, capsys, limit):  # capsys: what is printed meanwhile stays in memory
+    _, tokenizer = toy
+    tokenizer.add_tokens([f"word{i}" for i in range(300)])
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    work = lambda: R.save(model, tokenizer, SimpleNamespace(vector=torch.ones(8)), {"many": [0] * 40_000}, tmp_path / "out")
+    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))  # no file may grow beyond: the write fails, as on a full disk
+        with pytest.raises(R.CannotDo, match="could not save to .*File too large.*untouched"):
+            work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+    assert not list(tmp_path.iterdir())
+    work()
+    assert sorted(path.stat().st_size > limit for path in (tmp_path / "out").iterdir())[-1], "this limit is none"
 
-    def small_disk():  # what a process may write to a file ends at 500 kB
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
-    command = [sys.executable, R.__file__, "--model", str(saved_tiny), *map(str, QUICK), "--save", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk)
-    assert done.returncode == 1 and "could not save" in done.stderr and "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
-
-
-def test_save_refuses_what_is_in_the_way(saved_tiny, tmp_path, toy, capsys):
+def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    for target in ("file", "full", "file/below"):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "link.png").mkdir()
+    for argument in ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--figure=link.png", "--figure=full/a/b.png"):
+        name, _, target = argument.partition("=")
         with pytest.raises(SystemExit) as exit:
-            R.parse(["--save", str(tmp_path / target)])
-        assert exit.value.code == 2
-    with pytest.raises(R.CannotDo, match="could not save"):  # it was empty when the program began
-        R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / "full")
+            R.parse([name, str(tmp_path / target) if target else ""])
+        assert exit.value.code == 2 and "cannot " in capsys.readouterr().err
+    for target in ("full", "link", "file"):  # it was not there when the program began
+        with pytest.raises(R.CannotDo, match="could not save"):
+            R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / target)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "x").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link", "link.png"]
 
 
 def test_a_saved_model_that_is_not_the_one_in_memory_is_not_kept(toy, tmp_path):
@@ -1108,11 +1209,88 @@ def test_output_that_nobody_reads_or_nothing_can_show(saved_tiny):
     assert running.wait() == 1 and running.stderr.read() == b""
 
 
+def test_output_to_a_full_disk(saved_tiny, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert R.main(["--model", str(saved_tiny), *map(str, QUICK)]) == 1
+    assert capsys.readouterr().err == "error: the output cannot be written: No space left on device.\n"
+
+
+def test_a_figure_that_fails_leaves_the_last_one(tmp_path):
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "x.png", (None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
+    R.figure(path, *picture)
+    before = path.read_bytes()
+    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, most))
+        with pytest.raises(R.CannotDo, match="could not draw"):
+            R.figure(path, *picture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_no_name_reaches_the_terminal_raw(saved_tiny, tmp_path, capsys):
+    evil = "\x1b]0;owned\x07\r"
+    (tmp_path / evil).symlink_to(saved_tiny)
+    assert R.main(["--model", str(tmp_path / evil), "--harmful", str(tmp_path / evil / evil)]) == 2
+    with pytest.raises(SystemExit):
+        R.parse([f"--{evil}"])
+    out, err = capsys.readouterr()
+    assert "owned" in out and err.count("owned") == 3 and (out + err).replace("\n", "").isprintable()
+
+
 def test_text_from_a_model_cannot_move_the_cursor():
     for text in ("\x1b[2J\x1b]0;owned\x07", "a\rb\bc\x9bd\u202e", "\n\n  two\tlines\n"):
         for width in (5, 20, 10**6):
             assert R.visible(text, width).isprintable() and len(R.visible(text, width)) <= width
     assert R.visible("\x1b[1m", 99) == "\\x1b[1m"
+
+
+def test_wilson_ends_where_the_score_test_does():
+    """The ends are the shares p from which hits/n is exactly z standard errors away: n (hits/n - p)^2 = z^2 p (1 - p)."""
+    for n in (1, 2, 7, 30, 1000):
+        for hits in {0, 1, n // 3, n // 2, n - 1, n}:
+            low, high = R.wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1 and (low == 0) == (hits == 0) and (high == 1) == (hits == n)
+            for p in (low, high):
+                assert n * (hits / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p), abs=1e-12)
+
+
+def test_mcnemar_counts_all_outcomes():
+    """All 2^n ways in which n changed pairs can fall, in exact arithmetic: how many are as uneven as this one?"""
+    for n in range(11):
+        ways = collections.Counter(sum(way) for way in itertools.product((0, 1), repeat=n))
+        for lost in range(n + 1):
+            uneven = sum(count for k, count in ways.items() if abs(2 * k - n) >= abs(2 * lost - n))
+            before, after = [True] * lost + [False] * (n - lost) + [True, False], [False] * lost + [True] * (n - lost) + [True, False]
+            assert R.mcnemar(before, after) == float(fractions.Fraction(uneven, 2**n))
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()])
+def test_both_projections_are_the_same_formula(device):
+    """x - (x . r) r and W - r (r^T W), against float64, for random sizes, scales and dtypes; and what does not write is not touched."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        d, dtype = 4 * int(torch.randint(1, 20, ())), [torch.float32, torch.bfloat16][seed % 2]
+        sizes = dict(hidden_size=d, intermediate_size=4 + 3 * seed, num_hidden_layers=1, num_attention_heads=1, vocab_size=20)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, mlp_bias=True)).eval().requires_grad_(False).to(device, dtype)
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 10.0 ** (seed % 5 - 2) + 0.1)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        r = torch.randn(d, device=device) * 10.0 ** (seed - 6)
+        names, unit = R.orthogonalize(model, r), r.double().cpu() / r.double().cpu().norm()
+        assert set(names) == {"model.embed_tokens.weight", *(f"model.layers.0.{x}" for x in ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias"))}
+        for name, p in model.named_parameters():
+            W = before[name].double().cpu().movedim(0 if "layers" in name else -1, -1)  # (..., d_model): what writes comes last
+            close = dict(atol=4 * torch.finfo(dtype).eps * W.abs().max().item(), rtol=4 * torch.finfo(dtype).eps)
+            if name not in names:
+                assert torch.equal(p, before[name])
+                continue
+            want = W - (W @ unit)[..., None] * unit
+            torch.testing.assert_close(p.double().cpu().movedim(0 if "layers" in name else -1, -1), want, **close)
+            torch.testing.assert_close(R.project_out(W.to(device, dtype), R.unit(r)).double().cpu(), want, **close)
 
 
 def test_docstring_examples():
