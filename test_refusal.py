@@ -604,7 +604,7 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     table = lambda text: text[text.index("5 refusals") : text.index("6 replies")]
     assert table(found.stdout) == table(done.stdout), "a saved direction gives the results that it was saved with"
     again = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
-    assert again.returncode == 2 and "not an empty folder" in again.stderr
+    assert again.returncode == 2 and "must be a new or empty folder" in again.stderr
 
 
 def test_the_same_command_prints_the_same_numbers(saved_tiny):
@@ -921,7 +921,7 @@ def test_running_out_of_memory_changes_no_result(toy):
     for most, work in (  # enough for one or two prompts
         (5000, lambda: R.mean_activations(model, tokenizer, prompts)),
         (5000, lambda: R.projections(model, tokenizer, prompts, directions[0, 0])),
-        (20_000, lambda: R.refusal_scores(model, tokenizer, prompts)),
+        (10_000, lambda: R.refusal_scores(model, tokenizer, prompts)),
         (20_000, estimate),  # it runs out in the middle of a sum
         (20_000, lambda: torch.tensor(R.reply_loss(model, tokenizer, prompts, replies))),
         (20_000, lambda: tokenizer(R.generate(model, tokenizer, prompts, 4), padding=True, return_tensors="pt")["input_ids"]),
