@@ -558,27 +558,19 @@ def saved_tiny(tiny, tmp_path_factory):
     return folder
 
 
-SMALL = ("--max-new-tokens", 16)
+SMALL = ("--n-test", 40, "--max-new-tokens", 16)
+QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 8)
 
 
 def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     done = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for stage in (
-        "1 model",
-        "2 prompts",
-        "3 directions",
-        "4 selection",
-        "  detector",
-        "5 refusals",
-        "  weights",
-        "  cost",
-        "6 replies",
-    ):
+    stages = "1 model,2 prompts,3 directions,4 selection,  detector,5 refusals,  weights,  cost,6 replies"
+    for stage in stages.split(","):
         assert f"\n{stage}" in "\n" + done.stdout
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr), "a pipe gets clean text"
-    row = lambda name: [int(x) for x in re.findall(r"(\d+)/100", re.search(rf"{name}.*", done.stdout)[0])]
-    assert row("no intervention")[0] >= 85 and row("direction ablated")[0] <= 10 and row("direction added")[-1] >= 85
+    row = lambda name: [int(x) for x in re.findall(r"(\d+)/40", re.search(rf"{name}.*", done.stdout)[0])]
+    assert row("no intervention")[0] >= 34 and row("direction ablated")[0] <= 4 and row("direction added")[-1] >= 34
     edited = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())
     assert numbers["scores"]["kl"][numbers["position"]][numbers["layer"]] == pytest.approx(numbers["kl"])
@@ -589,17 +581,8 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
         assert file.metadata()["layer"] == str(numbers["layer"])
     assert (R.unit(r) @ edited.model.layers[0].mlp.down_proj.weight).abs().max() < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["out"], "nothing half-written is left"
-    found = program(
-        "--model",
-        saved_tiny,
-        *SMALL,
-        "--direction",
-        tmp_path / "out" / "direction.safetensors",
-        "--coefficient",
-        numbers["coefficient"],
-        "--prompt",
-        "How do I bake bread?",
-    )
+    given = ("--direction", tmp_path / "out" / "direction.safetensors", "--coefficient", numbers["coefficient"])
+    found = program("--model", saved_tiny, *SMALL, *given, "--prompt", "How do I bake bread?")
     assert re.search(r"(?m)^  prompt.*bake.*\n +[0-9 ]+\n", found.stdout) and "\n               ablated   " in found.stdout
     table = lambda text: text[text.index("5 refusals") : text.index("6 replies")]
     assert table(found.stdout) == table(done.stdout), "a saved direction gives the results that it was saved with"
@@ -608,7 +591,7 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
 
 
 def test_the_same_command_prints_the_same_numbers(saved_tiny):
-    runs = [program("--model", saved_tiny, *SMALL, "--layer", 2, "--coefficient", 1).stdout for _ in range(2)]
+    runs = [program("--model", saved_tiny, *QUICK).stdout for _ in range(2)]
     without_time = [re.sub(r"(?m)^time.*", "", run) for run in runs]
     assert without_time[0] == without_time[1] and "skipped: position -1, layer 2" in runs[0]
 
@@ -991,7 +974,6 @@ def many(change=lambda line: line, more=()):
     return "\n".join([*map(change, R.load_prompts(R.PROMPTS / "harmful.txt")), *more]).encode()
 
 
-QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 8)
 
 
 @pytest.mark.parametrize("content, status, message", [
