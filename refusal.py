@@ -111,9 +111,7 @@ def load_model(name, device="auto", dtype="auto", seed=0):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         if not tokenizer.chat_template:
-            raise CannotDo(
-                f"{name} has no chat template, so it is a base model that has not learned to refuse: name a chat model."
-            )
+            raise CannotDo(f"{name} has no chat template: it is a base model that has not learned to refuse, name a chat model.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         template_tail(tokenizer), refusal_tokens(tokenizer)  # a template that does not take a lone instruction says so here
@@ -177,7 +175,7 @@ def load_prompts(path):
     lines = text.split("\n")  # subtle: splitlines() would end a line at a form feed, too
     for number, line in enumerate(lines, 1):
         if len(line) > LONGEST_PROMPT:
-            raise BadUse(f"line {number} of {path} has {len(line)} characters and {LONGEST_PROMPT} are the most: one instruction a line.")
+            raise BadUse(f"line {number} of {path} has {len(line)} characters: {LONGEST_PROMPT} are the most for one instruction.")
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise BadUse(f"{path} holds no instruction: write one a line.")
@@ -285,20 +283,20 @@ def forward_arguments(model, batch):
     Subtle: models with learned positions (GPT-2) are silently wrong on left-padded prompts without them.
     Raises CannotDo for tokens that the model does not have, and for more of them than it can read.
     """
-    seq, most = (
-        batch["input_ids"].shape[1],
-        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf),
-    )
+    seq, config = batch["input_ids"].shape[1], model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", math.inf)
     if seq > most:
         raise CannotDo(f"a prompt of {seq} tokens is longer than this model can read ({most}): shorten it.")
-    if (
-        batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]
-    ):  # more tokens in the vocabulary are no harm, unused
+    if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # unused, more tokens are no harm
         raise CannotDo("the tokenizer gives tokens that the model has no embedding for: they do not belong together.")
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
     return arguments
+
+
+# The rest of this section only saves time.  On a first reading take `arrange` for what it may always return: the batch as
+# it is, and where the last token of each prompt stands when batch and seq are one axis.
 
 
 def pack(model, batch, keep=1):
@@ -1195,11 +1193,8 @@ def prepare(model, tokenizer, args):
     used = [prompt for lists in parts.values() for part in lists for prompt in part]
     check_prompts(model, tokenizer, [*args.prompt, *MILD_PROMPTS, *used], args.max_new_tokens)
     tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in str(tokenizer.chat_template)
-    say(
-        "2 prompts",
-        f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, no prompt twice",
-    )
-    say("", f"each is followed by {tail!r}")
+    say("2 prompts", f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, no prompt twice\n"
+        f"each is followed by {tail!r}")  # fmt: skip
     if thinks:
         say("", "this model can think before it answers: its template is asked to leave that out")
     if "<think>" in tail and "</think>" not in tail:
@@ -1214,11 +1209,8 @@ def prepare(model, tokenizer, args):
             sha256=hashlib.sha256("\n".join(kinds[kind]).encode()).hexdigest(),
         )  # fmt: skip
         kept = f"{len(data[kind].train)} of {args.n_train} train and {len(data[kind].val)} of {args.n_val} validation prompts"
-        say(
-            "",
-            f"{kind}: mean refusal score {scores.mean():+.2f}; {kept} score {'>' if kind == 'harmful' else '<'} 0 and are kept",
-        )
-        say("", f"  first tokens of the reply: {top_tokens(logits, tokenizer)}")
+        say("", f"{kind}: mean refusal score {scores.mean():+.2f}; {kept} score {'>' if kind == 'harmful' else '<'} 0 and are kept\n"
+            f"  first tokens of the reply: {top_tokens(logits, tokenizer)}")  # fmt: skip
         if len(data[kind].train) < max(2, args.n_train / 16) or not data[kind].val:
             wrong = "hardly refuses harmful prompts" if kind == "harmful" else "refuses nearly everything"
             raise CannotDo(f"this model {wrong} (only {kept} pass the filter): there is no refusal here to explain.")
@@ -1240,46 +1232,26 @@ def find_direction(model, tokenizer, data, args):
         position = -1 if args.position is None else args.position
         if not (-n_positions <= position < 0 and 0 <= args.layer < n_layers):
             raise BadUse(f"--position goes from {-n_positions} to -1 and --layer from 0 to {n_layers - 1} on this model.")
-        chosen = SimpleNamespace(
-            position=position, layer=args.layer, vector=directions[position, args.layer].float(), relaxed=None, scores=None
-        )
         if sizes[position, args.layer] < 1e-6:
-            raise BadUse(
-                f"harmful and harmless prompts do not differ at position {position}, layer {args.layer}: name a later layer."
-            )
+            raise BadUse(f"harmful and harmless prompts do not differ at position {position}, layer {args.layer}: take a later one.")
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
-    else:
-        chosen = select_direction(
-            model,
-            tokenizer,
-            directions,
-            data["harmful"].val,
-            data["harmless"].val,
-            exhaustive=args.exhaustive,
-            batch_size=args.batch_size,
-        )
-        measured, broken, weak = (
-            int(x.sum())
-            for x in (chosen.scores["bypass"].isfinite(), chosen.scores["kl"] > KL_MAX, chosen.scores["induce"] < INDUCE_MIN)
-        )
-        say(
-            "4 selection",
-            f"measured {measured} candidates, best estimates first; {broken} had KL > {KL_MAX}, {weak} had induce < {INDUCE_MIN:g}",
-        )
-        if chosen.relaxed:
-            say("", "none of them passes all filters: the one on induce is left out")
-        if args.exhaustive:
-            say(
-                "",
-                f"a search that stops early would have chosen {'the same' if chosen.early == (chosen.position, chosen.layer) else chosen.early}",
-            )
-        if chosen.bypass > 0:
-            say(
-                "",
-                "warning: harmful prompts are still refused with this direction ablated (bypass > 0): no single direction was found",
-            )
-        say("", f"winner: position {chosen.position} ({tokenizer.decode([template_tail(tokenizer)[chosen.position]])!r}), layer {chosen.layer} of {n_layers}\n"
-            f"bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}   induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}   KL {chosen.kl:.3f}")  # fmt: skip
+        vector = directions[position, args.layer].float()
+        return SimpleNamespace(position=position, layer=args.layer, vector=vector, relaxed=None, scores=None)
+    validation = data["harmful"].val, data["harmless"].val
+    chosen = select_direction(model, tokenizer, directions, *validation, exhaustive=args.exhaustive, batch_size=args.batch_size)
+    tables, at = chosen.scores, (chosen.position, chosen.layer)
+    counts = [int(x.sum()) for x in (tables["bypass"].isfinite(), tables["kl"] > KL_MAX, tables["induce"] < INDUCE_MIN)]
+    say("4 selection", "measured {} candidates, best estimates first; {} had KL > {}, {} had induce < {:g}".format(
+        *counts[:2], KL_MAX, counts[2], INDUCE_MIN))  # fmt: skip
+    if chosen.relaxed:
+        say("", "none of them passes all filters: the one on induce is left out")
+    if args.exhaustive:
+        say("", f"a search that stops early would have chosen {'the same' if chosen.early == at else chosen.early}")
+    if chosen.bypass > 0:
+        say("", "warning: harmful prompts are still refused with this direction ablated (bypass > 0): no single direction was found")
+    say("", f"winner: position {at[0]} ({tokenizer.decode([template_tail(tokenizer)[at[0]]])!r}), layer {at[1]} of {n_layers}\n"
+        f"bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}   induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}   "
+        f"KL {chosen.kl:.3f}")  # fmt: skip
     return chosen
 
 
@@ -1314,10 +1286,8 @@ def look(model, tokenizer, data, chosen, args):
     n = min(len(harmful), len(harmless))
     low, high = wilson(auroc(harmful, harmless) * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
-    say(
-        "  detector",
-        f"x . r there tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]",
-    )
+    found = f"AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]"
+    say("  detector", f"x . r there tells held-out harmful from harmless prompts: {found}")
     tokens, page = [tokenizer.decode([i]) for i in template_tail(tokenizer)], (wants_colour(sys.stdout), page_width())
     shown = [name for name in MAPS if chosen.scores and (args.map or name == "bypass")]
     pictures = [heat_map(chosen.scores, name, tokens, chosen, *page) for name in shown]
@@ -1362,9 +1332,8 @@ def find_dose(model, tokenizer, chosen, prompts, args):
         if args.coefficient and len(args.coefficient) == 1:
             return dose
         with add(model, chosen.vector, chosen.layer, dose):
-            rates[dose] = refusal_rate(
-                generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, f"dose x {dose:g}")
-            )
+            replies = generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, f"dose x {dose:g}")
+            rates[dose] = refusal_rate(replies)
         if rates[dose] >= 0.9 and not args.coefficient:
             break
     best = max(rates, key=rates.get)
@@ -1399,9 +1368,8 @@ def compare(model, tokenizer, data, chosen, args):
             answer(f"random {i} ablated", "harmful")
         with add(model, x, layer, c):
             answer(f"random {i} added", "harmless")
-    cost = harm_done(
-        model, tokenizer, data["harmless"].test, replies["no intervention"]["harmless"], r, controls[0], args.batch_size
-    )
+    own = replies["no intervention"]["harmless"]
+    cost = harm_done(model, tokenizer, data["harmless"].test, own, r, controls[0], args.batch_size)
     # Last, because it cannot be undone: the weights.  Where they are the hooked model, its replies are known already.
     some = data["harmful"].val + data["harmless"].val
     with ablate(model, r):
@@ -1446,10 +1414,8 @@ def show_table(refused, cost, weights, dose):
         say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<34}{harmless}")
     say("", "p: exact McNemar test of the change from no intervention on the same prompts")
     say("  weights", str(weights))
-    say(
-        "  cost",
-        "on harmless prompts: KL of the next token +- its standard error, cross-entropy of the model's own unablated replies (nats a token)",
-    )
+    say("  cost", "on harmless prompts: KL of the next token +- its standard error, cross-entropy of the model's own unablated "
+        "replies (nats a token)")  # fmt: skip
     for name, (kl, error, loss) in cost.items():
         say("", f"{name:<37}KL {kl:.3f} +- {error:.3f}   cross-entropy {loss:.3f}")
 
@@ -1501,9 +1467,7 @@ def save(model, tokenizer, chosen, results, target):
         with torch.no_grad():
             was, now = (m(probe_tokens(model)).logits.float() for m in (model, again))
         if not (was - now).norm() <= 1e-4 * was.norm():
-            raise CannotDo(
-                "the saved model does not give the logits of the one in memory when it is read back: nothing was saved."
-            )
+            raise CannotDo("the saved model, read back, does not give the logits of the one in memory: nothing was saved.")
         partial.replace(target)  # an empty folder may be replaced, a full one may not
     except CannotDo:
         raise
@@ -1532,47 +1496,27 @@ def parse(argv):
 
     fail = parser.error
     parser.error = lambda message: fail(escaped(message))
-    parser.add_argument("--model", default="tiny", help=f"one of {', '.join(MODELS)}, a hub id, or a local folder")
-    parser.add_argument("--harmful", default=PROMPTS / "harmful.txt", help="file of harmful instructions, one a line")
-    parser.add_argument("--harmless", default=PROMPTS / "harmless.txt", help="file of harmless instructions, one a line")
-    parser.add_argument(
-        "--n-train", type=whole(2), default=128, help="prompts of each kind for the means (default: the paper's 128)"
-    )
-    parser.add_argument(
-        "--n-val", type=whole(1), default=32, help="prompts of each kind for the selection (default: the paper's 32)"
-    )
-    parser.add_argument(
-        "--n-test", type=whole(1), default=100, help="prompts of each kind for the result (default: the paper's 100)"
-    )
-    parser.add_argument("--position", type=int, help="take the direction from this position (-1 is the last token), with --layer")
-    parser.add_argument("--layer", type=int, help="take the direction from this layer instead of searching")
-    parser.add_argument("--exhaustive", action="store_true", help="measure every candidate, not only the promising ones")
-    parser.add_argument("--direction", metavar="FILE", help="take the direction from a direction.safetensors that --save wrote")
-    parser.add_argument(
-        "--map",
-        action="store_true",
-        help="measure every candidate on everything and draw all three maps (slow: a multiple of the search)",
-    )
-    parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", default=[], help="show this prompt's tokens and replies as well (repeatable)"
-    )
-    parser.add_argument(
-        "--figure", metavar="FILE", type=Path, help="draw the pictures to a .png, .svg or .pdf (needs matplotlib)"
-    )
-    parser.add_argument(
-        "--coefficient",
-        type=float,
-        nargs="+",
-        help="dose for addition, or several to compare (default: found, from the paper's 1 on)",
-    )
-    parser.add_argument("--batch-size", type=whole(1), default=32, help="prompts side by side (halved when memory runs out)")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=64, help="length of the replies")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--seed", type=int, default=0, help="for the tiny model's training and the random controls")
-    parser.add_argument(
-        "--save", metavar="DIR", help="write the orthogonalized model, the direction and the numbers to a new folder"
-    )
+    option = parser.add_argument
+    option("--model", default="tiny", help=f"one of {', '.join(MODELS)}, a hub id, or a local folder")
+    option("--harmful", default=PROMPTS / "harmful.txt", help="file of harmful instructions, one a line")
+    option("--harmless", default=PROMPTS / "harmless.txt", help="file of harmless instructions, one a line")
+    option("--n-train", type=whole(2), default=128, help="prompts of each kind for the means (default: the paper's 128)")
+    option("--n-val", type=whole(1), default=32, help="prompts of each kind for the selection (default: the paper's 32)")
+    option("--n-test", type=whole(1), default=100, help="prompts of each kind for the result (default: the paper's 100)")
+    option("--position", type=int, help="take the direction from this position (-1 is the last token), with --layer")
+    option("--layer", type=int, help="take the direction from this layer instead of searching")
+    option("--exhaustive", action="store_true", help="measure every candidate (some ten times the search)")
+    option("--map", action="store_true", help="draw the maps of bypass, induce and KL; measures every candidate, as --exhaustive")
+    option("--direction", metavar="FILE", help="take the direction from a direction.safetensors that --save wrote")
+    option("--prompt", metavar="TEXT", action="append", default=[], help="show this prompt's tokens and replies (repeatable)")
+    option("--figure", metavar="FILE", type=Path, help="draw the pictures to a .png, .svg or .pdf (needs matplotlib)")
+    option("--coefficient", type=float, nargs="+", help="dose for addition, or several to compare (default: found, from 1 on)")
+    option("--batch-size", type=whole(1), default=32, help="prompts side by side (halved when memory runs out)")
+    option("--max-new-tokens", type=whole(1), default=64, help="length of the replies")
+    option("--device", default="auto", help="auto, cpu, cuda, mps")
+    option("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    option("--seed", type=int, default=0, help="for the tiny model's training and the random controls")
+    option("--save", metavar="DIR", help="write the orthogonalized model, the direction and the numbers to a new folder")
     args = parser.parse_args(argv)
     if args.position is not None and args.layer is None:
         parser.error("--position needs --layer: together they name one direction.")
@@ -1609,17 +1553,15 @@ def run(args):
         transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.seed)
     d_model = model.config.get_text_config(decoder=True).hidden_size
-    say(
-        "1 model",
-        f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, {len(writers(model))} writers",
-    )
+    say("1 model", f"{args.model}: {len(blocks(model))} layers, d_model {d_model}, {str(model.dtype)[6:]} on {model.device}, "
+        f"{len(writers(model))} writers")  # fmt: skip
     data = prepare(model, tokenizer, args)
     chosen = find_direction(model, tokenizer, data, args)
     look(model, tokenizer, data, chosen, args)
     chosen.coefficient = find_dose(model, tokenizer, chosen, data["harmless"].val, args)
     for prompt in args.prompt:
-        replies = examples(model, tokenizer, [prompt], chosen, args)
-        say("  prompt", f"{look_at(model, tokenizer, prompt, chosen)}\n{replies}")
+        print("  prompt", textwrap.indent(look_at(model, tokenizer, prompt, chosen), " " * 13)[8:])  # not say: it has colours
+        say("", examples(model, tokenizer, [prompt], chosen, args))
     shown = examples(model, tokenizer, MILD_PROMPTS, chosen, args, most=1)
     refused, cost, weights = compare(model, tokenizer, data, chosen, args)
     show_table(refused, cost, weights, chosen.coefficient)
@@ -1627,15 +1569,9 @@ def run(args):
     if isinstance(weights, CannotDo):
         raise weights
     if args.save:
-        results = {
-            "model": args.model,
-            "seed": args.seed,
-            "n": [args.n_train, args.n_val, args.n_test],
-            "weights": weights,
-            "refused": refused,
-        }
-        results["prompts_sha256"] = {kind: part.sha256 for kind, part in data.items()}
-        results |= {"cost": cost, **{name: value for name, value in vars(chosen).items() if isinstance(value, (int, float, str))}}
+        results = {"model": args.model, "seed": args.seed, "n": [args.n_train, args.n_val, args.n_test], "cost": cost}
+        results |= {"weights": weights, "refused": refused, "prompts_sha256": {kind: data[kind].sha256 for kind in data}}
+        results |= {name: value for name, value in vars(chosen).items() if isinstance(value, (int, float, str))}
         table = lambda rows: [[None if math.isnan(x) else x for x in row] for row in rows.tolist()]  # (position, layer)
         results["scores"] = {name: table(rows) for name, rows in (chosen.scores or {}).items()}
         save(model, tokenizer, chosen, results, args.save)
