@@ -1537,7 +1537,7 @@ def parse(argv):
         parser.error("--coefficient needs finite numbers.")
     if args.save is not None:
         target = Path(args.save).absolute()
-        there = next(path for path in target.parents if os.path.lexists(path))
+        there = next((path for path in target.parents if os.path.lexists(path)), target)
         if not writable(there) or os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
             parser.error(f"cannot save to {args.save!r}: it must be a new or empty folder, in a folder that can be written to.")
     return args
