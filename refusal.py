@@ -197,9 +197,7 @@ def split(prompts, n_train, n_val, n_test):
     """
     need = n_train + n_val + n_test
     if len(prompts) < need:
-        raise BadUse(
-            f"{need} prompts of each kind are needed and there are {len(prompts)}: lower --n-train, --n-val or --n-test."
-        )
+        raise BadUse(f"{need} prompts of each kind are needed and there are {len(prompts)}: lower --n-train, --n-val or --n-test.")
     order = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: i * GOLDEN % 1)]
     front, back = order[:n_train], order[len(order) - n_val - n_test :]
     return front, back[:n_val], back[n_val:]
@@ -701,9 +699,7 @@ def check_erased(model, r):
 
     def see(layer, x):
         x, along = x.float(), r.to(x.device)  # (batch, seq, d_model) and (d_model,)
-        chance = torch.hypot(
-            (x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5
-        )  # (batch, seq); the second: r may be one axis
+        chance = torch.hypot((x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5)  # (batch, seq); the second: r may be an axis
         left = ((x @ along).abs() / chance.clamp_min(1e-30)).mean().item()
         if not left < tolerance:
             where = "the embeddings" if layer == 0 else f"block {layer - 1}"
