@@ -1556,7 +1556,7 @@ def run(args):
     look(model, tokenizer, data, chosen, args)
     chosen.coefficient = find_dose(model, tokenizer, chosen, data["harmless"].val, args)
     for prompt in args.prompt:
-        print("  prompt", textwrap.indent(look_at(model, tokenizer, prompt, chosen), " " * 13)[8:])  # not say: it has colours
+        print("  prompt", textwrap.indent(look_at(model, tokenizer, prompt, chosen), " " * 13)[9:])  # not say: it has colours
         say("", examples(model, tokenizer, [prompt], chosen, args))
     shown = examples(model, tokenizer, MILD_PROMPTS, chosen, args, most=1)
     refused, cost, weights = compare(model, tokenizer, data, chosen, args)
