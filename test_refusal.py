@@ -860,7 +860,8 @@ def test_output_that_nobody_reads_or_nothing_can_show(saved_tiny):
     command = [sys.executable, R.__file__, "--model", str(saved_tiny), *map(str, QUICK), "--prompt", "Where is 日本?"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and b"\\u65e5" in done.stdout  # each of these characters is several tokens
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that something is left to write when the program ends
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
     running.stdout.readline()
     running.stdout.close()  # as head -1 does
     assert running.wait() == 1 and running.stderr.read() == b""
@@ -875,7 +876,7 @@ def test_output_to_a_full_disk(saved_tiny, monkeypatch, capsys):
 
 def test_a_figure_that_fails_leaves_the_last_one(tmp_path):
     pytest.importorskip("matplotlib")
-    path, picture = tmp_path / "x.png", (None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
+    path, picture = tmp_path / "x.svg", (None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
     R.figure(path, *picture)
     before = path.read_bytes()
     now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
