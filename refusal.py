@@ -1554,8 +1554,8 @@ def parse(argv):
     if not all(map(math.isfinite, args.coefficient or [])):
         parser.error("--coefficient needs finite numbers.")
     if args.save is not None:
-        there = next(path for path in Path(args.save).absolute().parents if os.path.lexists(path))
-        if os.path.lexists(Path(args.save)) or not writable(there):
+        above = (path for path in Path(args.save).absolute().parents if os.path.lexists(path))
+        if os.path.lexists(Path(args.save)) or not writable(next(above)):
             parser.error(f"cannot save to {args.save!r}: it must be a new folder, in a folder that can be written to.")
     return args
 

@@ -594,7 +594,7 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     table = lambda text: text[text.index("5 refusals") : text.index("6 replies")]
     assert table(found.stdout) == table(done.stdout), "a saved direction gives the results that it was saved with"
     again = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
-    assert again.returncode == 2 and "not an empty folder" in again.stderr
+    assert again.returncode == 2 and "must be a new folder" in again.stderr
 
 
 def test_the_same_command_prints_the_same_numbers(saved_tiny):
@@ -836,7 +836,7 @@ def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
     (tmp_path / "full" / "x").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "link.png").mkdir()
-    for argument in ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--figure=link.png", "--figure=full/a/b.png"):
+    for argument in ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--save=/", "--figure=link.png", "--figure=full/a/b.png"):
         name, _, target = argument.partition("=")
         with pytest.raises(SystemExit) as exit:
             R.parse([name, str(tmp_path / target) if target else ""])
@@ -861,10 +861,10 @@ def test_output_that_nobody_reads_or_nothing_can_show(saved_tiny):
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and b"\\u65e5" in done.stdout  # each of these characters is several tokens
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that something is left to write when the program ends
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
-    running.stdout.readline()
-    running.stdout.close()  # as head -1 does
-    assert running.wait() == 1 and running.stderr.read() == b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as running:
+        running.stdout.readline()
+        running.stdout.close()  # as head -1 does
+        assert running.wait() == 1 and running.stderr.read() == b""
 
 
 def test_output_to_a_full_disk(saved_tiny, monkeypatch, capsys):
