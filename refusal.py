@@ -44,13 +44,12 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from jinja2 import TemplateError  # comes with torch, and safetensors with transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # for the tiny model
 
 MODELS = {
@@ -117,32 +116,33 @@ def load_model(name, device="auto", dtype="auto", seed=0):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        template_tail(tokenizer)  # TemplateError for a template that does not take a lone instruction
+        template_tail(tokenizer), refusal_tokens(tokenizer)  # a template that does not take a lone instruction says so here
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="auto" if spread else None,
             output_loading_info=True,
         )  # fmt: skip
         model = model if spread else model.to(device)
-    # what transformers raises where there is no such model, it is broken or gated, it wants to run code of its own, or is too big
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, TemplateError) as error:
-        if isinstance(error, CannotDo):
-            raise
+    except (CannotDo, NotImplementedError):  # the second: a blank of the classroom's copy
+        raise
+    except Exception as error:  # files that are missing, broken, gated, too big: every library below has its own exceptions
         raise CannotDo(
-            f"{name} cannot be used ({visible(str(error), 200)}): name a causal language model with its chat tokenizer, weights as "
-            "safetensors, and no code of its own."
+            f"{name} cannot be used ({type(error).__name__}: {visible(str(error), 200)}): name a causal language model with its chat "
+            "tokenizer, weights as safetensors, and no code of its own."
         ) from None
     if report["missing_keys"]:
         some = min(report["missing_keys"])
         raise CannotDo(
             f"{name} lacks {len(report['missing_keys'])} of its weights, such as {some}: it is no causal model, or broken."
         )
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise CannotDo(f"the tokenizer of {name} has more tokens than the model has embeddings: they do not belong together.")
     return model.eval().requires_grad_(False), tokenizer
 
 
 def blocks(model):
     """The decoder blocks, in order: the first list of modules that has one entry a layer."""
+    if model.config.is_encoder_decoder or model.device.type == "meta":
+        raise CannotDo(
+            f"{type(model).__name__} is no decoder, or its weights are not loaded: a decoder with its weights is needed."
+        )
     config = model.config.get_text_config(decoder=True)
     depths = config.num_hidden_layers, getattr(config, "num_layers", None)  # LongCat counts two layers a block
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
@@ -244,24 +244,26 @@ def template_tail(tokenizer):
 
 
 def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
-    """step(batch) on all prompts, batch by batch, similar lengths together; its results in the order of the prompts.
+    """step(batch) on all prompts, see in_batches; step takes the keyword arguments of a forward pass, (batch, seq)."""
+    read = lambda some: step(forward_arguments(model, tokenize(tokenizer, some)))
+    return in_batches(read, prompts, batch_size, desc)
 
-    step takes the keyword arguments of a forward pass, (batch, seq), and returns one result a prompt.
-    When memory runs out, the batch is halved and tried again, down to one prompt.
+
+def in_batches(step, items, batch_size, desc=None, size=len):
+    """step(some of the items), batch by batch, similar sizes together; its results, one an item, in the order of the items.
+
+    When memory runs out, the batch is halved and tried again, down to one item: what step adds up, it must add up at its end.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
-    results, start = [None] * len(prompts), 0
-    with tqdm(total=len(prompts), desc=desc, leave=False, disable=None if desc else True) as bar:
+    order = sorted(range(len(items)), key=lambda i: -size(items[i]))  # similar lengths: little padding; the longest first
+    results, start = [None] * len(items), 0
+    with tqdm(total=len(items), desc=desc, leave=False, disable=None if desc else True) as bar:
         while start < len(order):
             chosen = order[start : start + batch_size]
-            batch = forward_arguments(model, tokenize(tokenizer, [prompts[i] for i in chosen]))
             try:
-                outcome = step(batch)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and on a CPU there is no other
-                if not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+                outcome = step([items[i] for i in chosen])
+            except RuntimeError as error:
+                if len(chosen) == 1 or not out_of_memory(error):
                     raise
-                if len(chosen) == 1:
-                    raise CannotDo("out of memory with a single prompt: use --dtype bfloat16 or a smaller model.") from None
                 batch_size = (len(chosen) + 1) // 2
                 bar.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
                 continue
@@ -272,45 +274,95 @@ def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
     return results
 
 
+def out_of_memory(error):
+    """Is that what the error means?  CUDA and MPS say the first; a CPU has no exception of its own, and says the second."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def forward_arguments(model, batch):
     """A tokenized batch on the model's device, with the position of every token: padding does not count.
 
     Subtle: models with learned positions (GPT-2) are silently wrong on left-padded prompts without them.
+    Raises CannotDo for tokens that the model does not have, and for more of them than it can read.
     """
+    seq, most = (
+        batch["input_ids"].shape[1],
+        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf),
+    )
+    if seq > most:
+        raise CannotDo(f"a prompt of {seq} tokens is longer than this model can read ({most}): shorten it.")
+    if (
+        batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]
+    ):  # more tokens in the vocabulary are no harm, unused
+        raise CannotDo("the tokenizer gives tokens that the model has no embedding for: they do not belong together.")
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = positions(arguments["attention_mask"])
+        arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
     return arguments
 
 
-def positions(mask):
-    """How many tokens stand before each: (batch, seq) -> (batch, seq)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def pack(model, batch, keep=1):
+    """The prompts of a batch in one row without padding, (1, tokens), and what they all open with (a system prompt) only once.
 
-
-def read_opening(model, batch, keep=1):
-    """The same batch with what all its prompts open with (a template's system prompt, say) read once instead of once a prompt.
-
-    Takes forward arguments and returns forward arguments: the rest of the prompts, (batch, seq - opening), and the cached keys and
-    values of the opening; at least the last `keep` tokens of each prompt are in the rest.  The same function to rounding, and on
-    Qwen2.5's template and 8 prompts .67 of the time.  Left as it is where there is little to save, and for models that
-    count positions themselves or cache anything but the keys and values of all tokens (sliding windows, recurrent states).
+    A mask lets every token see the opening and what stands before it in its own prompt: the same function, of half the tokens.
+    Takes forward arguments, and returns them with the index of each prompt's last token, (prompt,), counted as if batch and
+    seq were one axis.  At least the last `keep` tokens of a prompt are its own.
     """
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
     n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - keep)  # tokens of the opening
-    cache, takes = DynamicCache(config=model.config), inspect.signature(model.forward).parameters
-    fits = {"past_key_values", "position_ids"} <= takes.keys() and {type(layer) for layer in cache.layers} == {DynamicLayer}
-    if not fits or n * (len(rows) - 1) < 64:  # a pass more costs as much as reading some 64 tokens
-        return {**batch, "use_cache": False}
-    model.base_model(input_ids=batch["input_ids"].new_tensor([rows[0][:n]]), past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(rows))
-    width, lengths = max(map(len, rows)) - n, batch["attention_mask"].sum(-1, keepdim=True)  # lengths: (batch, 1)
-    own = torch.arange(width, device=model.device) >= width - (lengths - n)  # (batch, width): neither padding nor opening
-    mask = torch.cat([torch.ones_like(own[:, :1]).expand(-1, n), own], dim=1).long()  # (batch, opening + width)
-    return {
-        "input_ids": batch["input_ids"][:, -width:], "attention_mask": mask, "position_ids": positions(mask)[:, n:],
-        "past_key_values": cache, "use_cache": True,
-    }  # fmt: skip
+    rests = [row[n:] for row in rows]
+    ids, places = [*rows[0][:n], *sum(rests, [])], [*range(n), *(n + j for rest in rests for j in range(len(rest)))]
+    owner = torch.tensor([-1] * n + [i for i, rest in enumerate(rests) for _ in rest], device=model.device)  # (tokens,)
+    seen = ((owner[:, None] == owner) | (owner == -1)).tril()  # (tokens, tokens): does the row's token see the column's?
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(model.dtype).min)
+    tensor = lambda numbers: torch.tensor([numbers], device=model.device)
+    arguments = {"input_ids": tensor(ids), "position_ids": tensor(places), "attention_mask": mask[None, None], "use_cache": False}
+    return arguments, n - 1 + torch.tensor([len(rest) for rest in rests], device=model.device).cumsum(0)
+
+
+TRIED = weakref.WeakKeyDictionary()  # model -> the longest prompt that packing was tried with, and whether it went well
+
+
+def arrange(model, batch, keep=1):
+    """Forward arguments and last tokens as `pack` returns them: packed, or for models that do not allow it the batch as it is.
+
+    Some do not: recurrent ones, those that count positions themselves, prompts longer than a sliding window.  So packing is
+    tried out on a batch's two longest prompts, if they are the longest so far, and given up where the logits differ.
+    """
+
+    def padded(batch):
+        rows, seq = batch["input_ids"].shape
+        return {**batch, "use_cache": False}, torch.arange(1, rows + 1, device=model.device) * seq - 1
+
+    lengths = batch["attention_mask"].sum(-1)  # (prompt,)
+    longest, same = TRIED.get(model, (0, "position_ids" in batch and not is_recurrent(model)))
+    if len(lengths) < 2 or lengths.sum() > 2048 or not same:  # the mask grows with the square of the tokens
+        return padded(batch)
+    if lengths.max() > longest:
+        two = {name: tensor[lengths.topk(2).indices] for name, tensor in batch.items()}
+        try:
+            with torch.no_grad():
+                a, b = (first_logits(model, *way).float() for way in (padded(two), pack(model, two)))
+            same = bool((a - b).norm() <= max(1e-4, 3 * torch.finfo(model.dtype).eps) * a.norm())
+        except Exception:  # whatever a model makes of a mask that it does not expect
+            same = False
+        TRIED[model] = lengths.max().item(), same
+    return pack(model, batch, keep) if same else padded(batch)
+
+
+def is_recurrent(model):
+    """Does the model remember anything but the keys and values of its tokens?"""
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def first_logits(model, arguments, last):
+    """The logits at every prompt's last token: (prompt, vocab).
+
+    Subtle: asking for these positions alone keeps (batch, seq, vocab) out of memory: gigabytes.
+    """
+    packed = len(arguments["input_ids"]) == 1
+    return model(**arguments, logits_to_keep=last if packed else 1).logits.flatten(0, 1)  # (1, prompt, vocab), (prompt, 1, vocab)
 
 
 # %% 3. Mean activations ----------------------------------------------------------------------------
@@ -378,13 +430,15 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
         sums = [None] * (n_layers + 1)
 
         def see(layer, stream):
-            sums[layer] = stream[:, -n_positions:].cpu().double().sum(0)  # (batch, seq, d_model) -> (position, d_model)
+            x = stream.flatten(0, 1)[tail]  # (batch, seq, d_model) -> (prompt, position, d_model)
+            sums[layer] = x.cpu().double().sum(0)  # (position, d_model)
 
-        batch = read_opening(model, batch, keep=n_positions)
+        arguments, last = arrange(model, batch, keep=n_positions)
+        tail = last[:, None] + torch.arange(1 - n_positions, 1, device=model.device)  # (prompt, position)
         with reading(model, see):
-            model.base_model(**batch)
+            model.base_model(**arguments)
         total = total + torch.stack(sums[:n_layers], dim=1)  # (position, layer, d_model)
-        return [None] * len(batch["input_ids"])
+        return [None] * len(last)
 
     run_batches(step, model, tokenizer, prompts, batch_size, "mean activations")
     return check_finite(total, "activations") / len(prompts)
@@ -393,7 +447,9 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 def check_finite(tensor, what):
     """The tensor, or CannotDo if it holds NaN or infinity: a half-broken model must not go on to give numbers."""
     if not torch.isfinite(tensor).all():
-        raise CannotDo(f"the {what} hold NaN or infinity: this dtype overflows on this model, try --dtype bfloat16 or float32.")
+        raise CannotDo(
+            f"the {what} hold NaN or infinity: this dtype overflows on this model (try --dtype float32), or its weights are broken."
+        )
     return tensor
 
 
@@ -435,12 +491,13 @@ def projections(model, tokenizer, prompts, direction, position=-1, batch_size=32
     r = unit(direction)
 
     def step(batch):
-        seen = []
-        with reading(model, lambda layer, stream: seen.append(stream[:, position].float().cpu() @ r.cpu())):
-            model.base_model(**batch, use_cache=False)
+        seen, (arguments, last) = [], arrange(model, batch, keep=-position)
+        at = last + position + 1  # (prompt,)
+        with reading(model, lambda layer, stream: seen.append(stream.flatten(0, 1)[at].float().cpu() @ r.cpu())):
+            model.base_model(**arguments)
         return torch.stack(seen, dim=1)  # layer * (batch,) -> (batch, layer)
 
-    return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, "projections"))
+    return check_finite(torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, "projections")), "projections")
 
 
 def auroc(positive, negative):
@@ -610,14 +667,15 @@ def add(model, vector, layer, coefficient=1.0):
     stack = blocks(model)
     if not 0 <= layer < len(stack):
         raise BadUse(f"there is no layer {layer}: this model's are 0 to {len(stack) - 1}.")
-    if not math.isfinite(coefficient):
-        raise BadUse(f"a coefficient of {coefficient} cannot be added: give a finite number.")
     check_direction(model, vector)
+    shift = (coefficient * vector).to(model.dtype)
+    if not shift.isfinite().all():
+        raise BadUse(f"{coefficient} times this vector is not a finite number in {model.dtype}: give a smaller coefficient.")
     writers(model)  # CannotDo for a model that is not one stream through its blocks
 
     def hook(module, args, kwargs):
         x = args[0] if args else kwargs["hidden_states"]
-        x = x + (coefficient * vector).to(x.device, x.dtype)  # (batch, seq, d_model) + (d_model,)
+        x = x + shift.to(x.device, x.dtype)  # (batch, seq, d_model) + (d_model,)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     with hooked([stack[layer].register_forward_pre_hook(hook, with_kwargs=True)]):
@@ -634,21 +692,25 @@ def check_direction(model, direction):
 
 @torch.no_grad()
 def check_erased(model, r):
-    """Proof at run time: after a probe forward, |x . r| / |x| is ~0 at every block's input and at the final norm's.
+    """Proof at run time: after a probe forward, x . r is ~0 at every block's input and at the final norm's.
 
-    "~0" is 1e-4 in float32 and a few rounding errors in shorter dtypes.  Raises CannotDo, naming the block where r came in:
-    a model that is ablated by half must never look like a result.
+    "~0" is 1e-4 of what chance makes of it, and a few rounding errors in shorter dtypes: were the signs of x's coordinates random,
+    x . r would be about as large as |x * r|.  (Subtle: |x| is no yardstick.  What one writer of many writes along one of many
+    axes is as small a part of |x| as bfloat16's rounding, and half an ablation would pass.)  Raises CannotDo, naming the block
+    where r came in: a model that is ablated by half must never look like a result.
     """
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
 
     def see(layer, x):
-        left = (
-            ((x.float() @ r.to(x.device)).abs() / x.float().norm(dim=-1).clamp_min(1e-30)).max().item()
-        )  # (batch, seq, d_model) -> one number
+        x, along = x.float(), r.to(x.device)  # (batch, seq, d_model) and (d_model,)
+        chance = torch.hypot(
+            (x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5
+        )  # (batch, seq); the second: r may be one axis
+        left = ((x @ along).abs() / chance.clamp_min(1e-30)).mean().item()
         if not left < tolerance:
             where = "the embeddings" if layer == 0 else f"block {layer - 1}"
             raise CannotDo(
-                f"the direction is still written to the stream by {where} of {type(model).__name__} (|x.r|/|x| = {left:.1e}): not ablated."
+                f"the direction is still written to the stream by {where} of {type(model).__name__} ({left:.1e} of chance): not ablated."
             )
 
     with reading(model, see):
@@ -684,14 +746,10 @@ def refusal_tokens(tokenizer):
 
 @torch.no_grad()
 def next_token_logits(model, tokenizer, prompts, batch_size=32, desc=None):
-    """The model's logits for the first token of its reply: (prompt, vocab), float32.
-
-    Subtle: asking for the last position's logits alone keeps (batch, seq, vocab) out of memory: gigabytes.
-    """
+    """The model's logits for the first token of its reply: (prompt, vocab), float32."""
 
     def step(batch):
-        logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1]  # (batch, 1, vocab) -> (batch, vocab)
-        return check_finite(logits.float().cpu(), "logits")
+        return check_finite(first_logits(model, *arrange(model, batch)).float().cpu(), "logits")
 
     return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, desc))
 
@@ -802,21 +860,20 @@ def attribution(model, tokenizer, directions, prompts, batch_size=8):
             o = first(output)
             outputs.append(o if o.requires_grad else o.requires_grad_())  # the embeddings' outputs are leaves
 
+        arranged = arrange(model, batch)
         with torch.enable_grad(), hooked(module.register_forward_hook(keep) for module in writers(model)):
-            logits = model(**read_opening(model, batch), logits_to_keep=1).logits[:, -1].float()
-            score = log_odds(logits, tokens).sum()
-            gradients = torch.autograd.grad(score, outputs, allow_unused=True)
-        total += score.item()
+            score = log_odds(first_logits(model, *arranged).float(), tokens).sum()
+            gradients = torch.autograd.grad(score, outputs)
+        part = 0
         for o, g in zip(outputs, gradients):
-            if g is None:  # what the last block writes at the opening, nobody reads
-                continue
             r = R.to(o.device)
             moved = (g.float() @ r) * (o.detach().float() @ r)  # (batch, seq, d_model) twice -> (batch, seq, candidate)
-            estimate = estimate - moved.sum((0, 1)).cpu()
-        return [None] * len(logits)
+            part = part + moved.sum((0, 1)).cpu()
+        total, estimate = total + score.item(), estimate - part
+        return [None] * len(arranged[1])
 
     run_batches(step, model, tokenizer, prompts, batch_size, "attribution")
-    return total / len(prompts), (estimate / len(prompts)).view(directions.shape[:2])
+    return total / len(prompts), check_finite(estimate / len(prompts), "gradients").view(directions.shape[:2])
 
 
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8, exhaustive=False, batch_size=32):
@@ -909,9 +966,9 @@ def orthogonalize(model, direction):
     0.0
     """
     r = check_direction(model, direction)
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or any(p.is_meta for p in model.parameters()):
         raise CannotDo(
-            "quantised weights cannot be edited exactly: load the model unquantised, or use ablate(), which works on any."
+            "quantised or offloaded weights cannot be edited: load the model unquantised and whole, or use ablate(), which works on any."
         )
     untie(model)
     names, edits = {module: name for name, module in model.named_modules()}, {}
@@ -1066,18 +1123,18 @@ def reply_loss(model, tokenizer, prompts, replies, batch_size=4):
     """
     ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
     chats = [tokenize(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
-    total, count = 0.0, sum(map(len, ids))
-    for start in tqdm(range(0, len(prompts), batch_size), desc="cross-entropy of replies", leave=False, disable=None):
-        rows = list(zip(chats, ids))[start : start + batch_size]
+
+    def step(rows):
         keep, width = max(1, *(len(reply) for _, reply in rows)), max(len(chat) + len(reply) for chat, reply in rows)
         full = torch.tensor([[0] * (width - len(c) - len(r)) + c + r for c, r in rows])  # (batch, seq), left-padded
         mask = torch.tensor([[0] * (width - len(c) - len(r)) + [1] * (len(c) + len(r)) for c, r in rows])
-        scored = torch.tensor([[False] * (keep - len(r)) + [True] * len(r) for _, r in rows])  # (batch, reply)
+        labels = torch.tensor([[-100] * (keep - len(r)) + r for _, r in rows])  # (batch, reply); -100: not scored
         batch = forward_arguments(model, {"input_ids": full, "attention_mask": mask})
         logits = model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1]  # (batch, reply, vocab)
-        logits = logits.float().cpu()
-        total += nn.functional.cross_entropy(logits[scored], full[:, -keep:][scored], reduction="sum").item()
-    return total / count
+        return nn.functional.cross_entropy(logits.float().cpu().mT, labels, reduction="none").sum(-1).tolist()
+
+    losses = in_batches(step, list(zip(chats, ids)), batch_size, "cross-entropy of replies", lambda row: len(row[0] + row[1]))
+    return sum(losses) / max(1, sum(map(len, ids)))
 
 
 # %% 10. The whole experiment -------------------------------------------------------------------------
@@ -1100,12 +1157,6 @@ def say(stage, text):
 def escaped(text):
     """The text with its control characters made visible: no model, prompt or file name may write to the terminal's controls."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def visible(text, width):
-    """Text from a model, on one line of at most `width` characters, with control characters made visible."""
-    text = escaped(" ".join(text.split()))
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def top_tokens(logits, tokenizer, k=5):
@@ -1143,7 +1194,7 @@ def prepare(model, tokenizer, args):
     parts = {kind: split(prompts, args.n_train, args.n_val, args.n_test) for kind, prompts in kinds.items()}
     used = [prompt for lists in parts.values() for part in lists for prompt in part]
     check_prompts(model, tokenizer, [*args.prompt, *MILD_PROMPTS, *used], args.max_new_tokens)
-    tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in tokenizer.chat_template
+    tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in str(tokenizer.chat_template)
     say(
         "2 prompts",
         f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, no prompt twice",
@@ -1255,28 +1306,24 @@ def load_direction(model, tokenizer, path):
 
 def look(model, tokenizer, data, chosen, args):
     """The pictures: the direction as a detector, what the search measured, and the direction through the layers."""
-
-    def along(count=None):
-        return {
-            kind: projections(model, tokenizer, data[kind].test[:count], chosen.vector, chosen.position, args.batch_size)
-            for kind in data
-        }
-
-    before = along()  # kind -> (prompt, layer)
+    along = lambda prompts: projections(model, tokenizer, prompts, chosen.vector, chosen.position, args.batch_size)
+    before = {kind: along(data[kind].test) for kind in data}  # kind -> (prompt, layer)
     with ablate(model, chosen.vector):
-        after = along(8)  # a few will do: all of it is zero
+        after = {kind: along(data[kind].test[:8]) for kind in data}  # a few will do: all of it is zero
     harmful, harmless = (before[kind][:, chosen.layer] for kind in ("harmful", "harmless"))
     n = min(len(harmful), len(harmless))
     low, high = wilson(auroc(harmful, harmless) * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
     say(
         "  detector",
-        f"x . r at that position and layer tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]",
+        f"x . r there tells held-out harmful from harmless prompts: AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]",
     )
-    tokens, colour, width = [tokenizer.decode([i]) for i in template_tail(tokenizer)], wants_colour(sys.stdout), page_width()
-    for name in (MAPS if args.map else ["bypass"]) if chosen.scores else []:
-        print("", heat_map(chosen.scores, name, tokens, chosen, colour, width), sep="\n")
-    print("", layer_plot(before, after, chosen.layer, colour, width), "", sep="\n", flush=True)
+    tokens, page = [tokenizer.decode([i]) for i in template_tail(tokenizer)], (wants_colour(sys.stdout), page_width())
+    shown = [name for name in MAPS if chosen.scores and (args.map or name == "bypass")]
+    pictures = [heat_map(chosen.scores, name, tokens, chosen, *page) for name in shown]
+    for picture in [*pictures, layer_plot(before, after, chosen.layer, *page)]:
+        print(f"\n{picture}")
+    print(flush=True)
     if args.figure:
         figure(args.figure, chosen.scores, tokens, chosen, before, after)
         say("figure", str(args.figure))
@@ -1287,35 +1334,21 @@ def page_width():
     return max(60, shutil.get_terminal_size((100, 24)).columns)
 
 
-def three_ways(model, chosen):
-    """The contexts in which replies are shown side by side, each good for one use."""
-    added = add(model, chosen.vector, chosen.layer, chosen.coefficient)
-    return {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector), "added": added}
-
-
 @torch.no_grad()
-def look_at(model, tokenizer, prompt, chosen, args):
-    """--prompt: the prompt's tokens by their projection on r at the chosen layer, and the replies, as text.
+def look_at(model, tokenizer, prompt, chosen):
+    """--prompt: the prompt's tokens by their projection on r at the chosen layer, as text.
 
     The scale runs from harmless to harmful: its middle is halfway between the test prompts' means at the chosen position.
     """
     batch, seen = forward_arguments(model, tokenize(tokenizer, [prompt])), []
     with reading(model, lambda layer, x: seen.append(x[0].float().cpu() @ unit(chosen.vector))):  # (1, seq, d_model) -> (seq,)
         model.base_model(**batch, use_cache=False)
-    ids, (harmful, harmless), width = batch["input_ids"][0].tolist(), chosen.means, page_width()
+    ids, (harmful, harmless) = batch["input_ids"][0].tolist(), chosen.means
     # subtle: decoded alone some tokens lose their space, and some are a part of a character, which comes with its last token
     texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False).rstrip("\ufffd") for n in range(len(ids) + 1)]
     tokens = [longer[len(shorter) :] for shorter, longer in zip(texts, texts[1:])]
-    reach = abs(harmful - harmless) or 1.0
-    lines = [paint(tokens, seen[chosen.layer], (harmful + harmless) / 2, reach, wants_colour(sys.stdout), width)]
-    for name, way in three_ways(model, chosen).items():
-        with way:
-            reply = generate(model, tokenizer, [prompt], args.max_new_tokens)[0]
-        name += f" x {chosen.coefficient:g}" if name == "added" else ""
-        lines += textwrap.wrap(
-            visible(reply, 10**6) or "(nothing)", width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13
-        )
-    return "\n".join(lines)
+    middle, reach = (harmful + harmless) / 2, abs(harmful - harmless) or 1.0
+    return paint(tokens, seen[chosen.layer], middle, reach, wants_colour(sys.stdout), page_width() - 13)
 
 
 def find_dose(model, tokenizer, chosen, prompts, args):
@@ -1343,7 +1376,7 @@ def find_dose(model, tokenizer, chosen, prompts, args):
 def compare(model, tokenizer, data, chosen, args):
     """Stage 5, the paper on one screen: who refuses what under which intervention.
 
-    Returns refused, {row: {kind: [bool a prompt]}}; what the interventions cost; a sentence on the weights.
+    Returns refused, {row: {kind: [bool a prompt]}}; what the interventions cost; a sentence on the weights, or why they stay.
     """
     r, layer, c = chosen.vector, chosen.layer, chosen.coefficient
     generator = torch.Generator().manual_seed(args.seed)
@@ -1373,7 +1406,10 @@ def compare(model, tokenizer, data, chosen, args):
     some = data["harmful"].val + data["harmless"].val
     with ablate(model, r):
         hooked_logits = next_token_logits(model, tokenizer, some, args.batch_size)
-    names = orthogonalize(model, r)
+    try:
+        names = orthogonalize(model, r)
+    except CannotDo as error:
+        return refused, cost, error
     gap = ((next_token_logits(model, tokenizer, some, args.batch_size) - hooked_logits).norm() / hooked_logits.norm()).item()
     if gap < 1e-4:
         refused["weights orthogonalized"] = {"harmful": refused["direction ablated"]["harmful"]}
@@ -1409,7 +1445,7 @@ def show_table(refused, cost, weights, dose):
         harmful, harmless = (cell(kinds.get(kind), before.get(kind)) for kind in ("harmful", "harmless"))
         say("", f"{title + (f' (x {dose:g})' if 'added' in title else ''):<37}{harmful:<34}{harmless}")
     say("", "p: exact McNemar test of the change from no intervention on the same prompts")
-    say("  weights", weights)
+    say("  weights", str(weights))
     say(
         "  cost",
         "on harmless prompts: KL of the next token +- its standard error, cross-entropy of the model's own unablated replies (nats a token)",
@@ -1433,18 +1469,20 @@ def cell(outcomes, before):
     return text
 
 
-def examples(model, tokenizer, chosen, args):
-    """Stage 6: replies to a few mild prompts under no intervention, ablation and addition, as lines of text."""
-    replies = {}
-    for name, way in three_ways(model, chosen).items():
+def examples(model, tokenizer, prompts, chosen, args, most=None):
+    """Replies to prompts under no intervention, ablation and addition, one under the other, each in at most `most` lines."""
+    added = add(model, chosen.vector, chosen.layer, chosen.coefficient)
+    stacks = [[prompt] for prompt in prompts]
+    for name, way in (("as it is", nullcontext()), ("ablated", ablate(model, chosen.vector)), ("added", added)):
         with way:
-            replies[name] = generate(model, tokenizer, MILD_PROMPTS, args.max_new_tokens, args.batch_size)
-    width = max(60, shutil.get_terminal_size((120, 24)).columns - 13)
-    lines = []
-    for i, prompt in enumerate(MILD_PROMPTS):
-        lines.append(prompt)
-        lines += [f"  {name:<10}{visible(texts[i], width - 12)}" for name, texts in replies.items()]
-    return "\n".join(lines)
+            replies = generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
+        for stack, reply in zip(stacks, replies):
+            reply = visible(" ".join(reply.split()))
+            width = (page_width() - 13) * len(reply) // max(1, columns(reply))  # textwrap counts characters, not columns
+            stack += textwrap.wrap(
+                reply, width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12, max_lines=most, placeholder=" ..."
+            )
+    return "\n".join(line for stack in stacks for line in stack)
 
 
 def save(model, tokenizer, chosen, results, target):
@@ -1452,7 +1490,8 @@ def save(model, tokenizer, chosen, results, target):
 
     Written beside the target, read back, compared, and only then renamed: there is never half a folder, and nothing is overwritten.
     """
-    target, partial = Path(target), Path(f"{target}.partial-{os.getpid()}")
+    target = Path(target).absolute()
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -1554,17 +1593,19 @@ def parse(argv):
     if not all(map(math.isfinite, args.coefficient or [])):
         parser.error("--coefficient needs finite numbers.")
     if args.save is not None:
-        above = (path for path in Path(args.save).absolute().parents if os.path.lexists(path))
-        if os.path.lexists(Path(args.save)) or not writable(next(above)):
-            parser.error(f"cannot save to {args.save!r}: it must be a new folder, in a folder that can be written to.")
+        target = Path(args.save).absolute()
+        above = (path for path in target.parents if os.path.lexists(path))
+        taken = os.path.islink(target) or os.path.ismount(target) or not writable(target) or os.listdir(target)
+        if not args.save or os.path.lexists(target) and taken or not writable(next(above)):
+            parser.error(f"cannot save to {args.save!r}: it must be a new or empty folder, in a folder that can be written to.")
     return args
 
 
 def run(args):
     """The experiment."""
     started = time.time()
-    if args.figure:
-        canvas()  # better now than after an hour
+    if args.figure and not importlib.util.find_spec("matplotlib"):  # better now than after an hour
+        raise CannotDo("--figure needs matplotlib, which is not installed: pip install matplotlib, or leave it out.")
     transformers.utils.logging.set_verbosity_error()  # what is wrong we say ourselves
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
@@ -1579,11 +1620,14 @@ def run(args):
     look(model, tokenizer, data, chosen, args)
     chosen.coefficient = find_dose(model, tokenizer, chosen, data["harmless"].val, args)
     for prompt in args.prompt:
-        print(look_at(model, tokenizer, prompt, chosen, args), "", sep="\n", flush=True)
-    shown = examples(model, tokenizer, chosen, args)
+        replies = examples(model, tokenizer, [prompt], chosen, args)
+        say("  prompt", f"{look_at(model, tokenizer, prompt, chosen)}\n{replies}")
+    shown = examples(model, tokenizer, MILD_PROMPTS, chosen, args, most=1)
     refused, cost, weights = compare(model, tokenizer, data, chosen, args)
     show_table(refused, cost, weights, chosen.coefficient)
     say("6 replies", shown)
+    if isinstance(weights, CannotDo):
+        raise weights
     if args.save:
         results = {
             "model": args.model,
@@ -1616,6 +1660,11 @@ def main(argv=None):
             raise
         print(f"next: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:  # NotImplementedError is one, too, so this comes later
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory, even with one prompt at a time: use --dtype bfloat16 or a smaller model.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -1629,19 +1678,18 @@ def main(argv=None):
 
 # %% 11. Pictures -----------------------------------------------------------------------------------
 #
-# The finding is one that can be seen.  These functions turn tensors into text that reads in colour, without it and in a
-# pipe, all on one scale of ten levels: 0 to 4 (blue) lie below a threshold, 5 to 9 (orange) above, and orange is always the
-# side of refusing, broken, harmful.  Look for two things: the direction appears in the middle layers, where the model has
-# read the prompt and not yet chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
+# Every number becomes a level: 0 to 4 (blue) below a threshold, 5 to 9 (orange) above it, the side of refusing, broken,
+# harmful.  Look for two things: the direction appears in the middle layers, where the model has read the prompt and not yet
+# chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
 
-BLUE, ORANGE = "38;5;32", "38;5;166"  # as ink on black or on white
-WINNER = "1;38;5;231;48;5;16"
-PALETTE = ["38;5;231;48;5;25"] + [f"38;5;16;48;5;{paper}" for paper in (32, 74, 117, 195, 230, 223, 215, 208, 166)]
 MAPS = {
     "bypass": "bypass: refusal score of harmful prompts, ablated, in nats (> 0: they refuse)",
     "induce": "induce: refusal score of harmless prompts, added, in nats (> 0: they refuse)",
-    "kl": "KL: harmless prompts, original || ablated, in nats, log scale (high: broken)",
+    "kl": f"KL: harmless prompts, original || ablated, in nats (> {KL_MAX:g}: broken)",
 }
+KEY = f"* winner, x KL>{KL_MAX:g}, < induce<{INDUCE_MIN:g}, > late"
+PALETTE = [f"38;5;16;48;5;{paper}" for paper in (32, 74, 117, 195, 230, 223, 215, 208, 166)]  # black ink on paper
+PALETTE, WINNER = ["38;5;231;48;5;25", *PALETTE, "1;38;5;231;48;5;16"], 10  # white ink for level 0 and for the winner
 
 
 def wants_colour(stream):
@@ -1649,171 +1697,136 @@ def wants_colour(stream):
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def tint(text, code, colour):
-    """The text in a colour that ends where the text ends; without colour, the text."""
-    return f"\033[{code}m{text}\033[0m" if colour else text
-
-
-def ramp(low, high, colour):
-    """The palette, between the numbers at its ends."""
-    return f"{low} {''.join(tint(str(n), code, colour) for n, code in enumerate(PALETTE))} {high}"
-
-
 def columns(text):
     """How many columns of a terminal a text takes: East Asian characters two, combining accents none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") - (unicodedata.category(c) in ("Mn", "Me")) for c in text)
 
 
-def printable(token, width):
-    """A token with its control characters named and nothing shown as _, in at most `width` (2 or more) columns: ".." is a cut."""
-    text = whole = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token) or "_"
-    while columns(text) > width - 2 * (text != whole):
-        text = text[:-1]
-    return text if text == whole else text + ".."
+def visible(text, width=math.inf):
+    """Text from a model: control characters named, nothing shown as _, cut with ".." to at most `width` (2 or more) columns."""
+    text = escaped(text) or "_"
+    while columns(text) > width:
+        text = text[:-3] + ".."
+    return text
 
 
 def levels(values, middle, reach):
-    """Numbers -> levels of the palette, any shape: 0 to 4 below the middle, 5 to 9 above, -1 for NaN.
-
-    >>> levels(torch.tensor([-9.0, -0.1, 0.0, 2.0, math.nan]), middle=0.0, reach=2.0)
-    tensor([ 0,  4,  5,  9, -1])
-    """
+    """Numbers -> levels, any shape: 0 to 4 below the middle, 5 to 9 above, -1 for NaN."""
     return ((values - middle) / reach * 5 + 5).clamp(0, 9.99).nan_to_num(-1).floor().long()
 
 
-def map_values(scores, name):
-    """What a map shows, (position, layer), and how far it reaches to both sides of 0.  KL: powers of ten from KL_MAX."""
-    if name == "kl":
-        return (scores["kl"] / KL_MAX).log10().clamp(-2, 2), 2.0
-    return scores[name], max(scores[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item(), 1e-9)
+def tint(text, level, colour):
+    """The text in the colours of its level; without colour or level, the text."""
+    return f"\033[{PALETTE[level]}m{text}\033[0m" if colour and level >= 0 else text
+
+
+def ramp(middle, reach, colour):
+    """The levels in order, between the numbers that they run from and to."""
+    return f"{middle - reach:.3g} {''.join(tint(str(n), n, colour) for n in range(10))} {middle + reach:.3g}"
+
+
+def grid(labels, rows, colour, width):
+    """Rows of (text, level), a cell a layer, as text under the layers' numbers; folded where there are more than fit."""
+    n_layers, room, lines = len(rows[0]), width - 18, []
+    cell = max(1, min(3, room // n_layers))  # columns; a cell of one shows the end of its text: a mark hides the level
+    for start in range(0, n_layers, room):
+        numbers = range(start, min(start + room - 2, n_layers), 1 if cell == 3 else 5)
+        lines.append(f"{'layer':<18}" + "".join(str(layer).ljust(cell * numbers.step) for layer in numbers))
+        for label, row in zip(labels, rows):
+            cells = [tint(text[-cell:].ljust(cell), level, colour) for text, level in row[start : start + room]]
+            lines.append(label + " " * (18 - columns(label)) + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def scale(values, name):
+    """The middle of a map's scale, and how far it reaches to both sides."""
+    return (KL_MAX, KL_MAX) if name == "kl" else (0.0, values.nan_to_num(0.0, 0.0, 0.0).abs().max().item() or 1.0)
 
 
 def mark(scores, chosen, i, layer):
-    """What became of a candidate: * it won, x its KL is too high, < its induce is too low, > its layer is too late."""
+    """What became of a candidate: a sign of KEY, or "" if it passed the filters."""
     n_positions, n_layers = scores["bypass"].shape
-    if (i - n_positions, layer) == (chosen.position, chosen.layer):
-        return "*"
-    if scores["kl"][i, layer] > KL_MAX:
-        return "x"
-    if scores["induce"][i, layer] < INDUCE_MIN and not chosen.relaxed:
-        return "<"
-    return ">" if layer >= int(LATE * n_layers) else " "
+    won = (i - n_positions, layer) == (chosen.position, chosen.layer)
+    low = scores["induce"][i, layer] < INDUCE_MIN and not chosen.relaxed
+    late = layer >= int(LATE * n_layers)
+    return "*" if won else "x" if scores["kl"][i, layer] > KL_MAX else "<" if low else ">" if late else ""
 
 
 def heat_map(scores, name, tokens, chosen, colour=False, width=80):
-    """The candidates, scores[name] of shape (position, layer), as text: a line a position, a cell a layer.
-
-    tokens: what each position stands on, as text.  With colour, a cell's paper is its level and its character the mark above;
-    without, a digit is its level, and so is a letter (a for 0, j for 9) where the candidate was filtered out.
-    """
-    values, reach = map_values(scores, name)
-    (n_positions, n_layers), level = values.shape, levels(values, 0.0, reach).tolist()
-    tokens = [printable(token, 15) for token in tokens]
-    margin = max(map(columns, tokens)) + 5
-    cell = max(1, min(3, (width - margin) // n_layers))
-    a_row = n_layers if n_layers <= width - margin else max(5, (width - margin) // 5 * 5)  # a map too wide is folded
-    every, lines = 1 if cell == 3 else 5, [MAPS[name]]
-    for layers in map(torch.Tensor.tolist, torch.arange(n_layers).split(a_row)):
-        lines.append(" " * margin + "".join(f"{layer:<{cell * every}}" for layer in layers if layer % every == 0).rstrip())
-        for i, token in enumerate(tokens):
-            row = f"{i - n_positions:>3} {token} ".ljust(margin + len(token) - columns(token))
-            for layer in layers:
-                sign, n = mark(scores, chosen, i, layer), level[i][layer]
-                char = sign if colour or sign == "*" else ("0123456789" if sign == " " else "abcdefghij")[n]
-                row += tint(char.ljust(cell), WINNER if sign == "*" else PALETTE[n], colour) if n >= 0 else ".".ljust(cell)
-            lines.append(row.rstrip())
-    ends = (f"{KL_MAX / 100:g}", f"{KL_MAX * 100:g}") if name == "kl" else (f"{-reach:.3g}", f"{reach:.3g}")
-    key = f"x KL>{KL_MAX:g}  < induce<{INDUCE_MIN:g}  > late" if colour else "a-j the same, filtered out"
-    return "\n".join([*lines, f"{ramp(*ends, colour)}  * winner  {key}  . unmeasured"])
+    """scores[name], (position, layer), as text: level and mark of each candidate.  tokens: what each position stands on."""
+    (middle, reach), rows = scale(scores[name], name), []
+    for i, row in enumerate(levels(scores[name], middle, reach).tolist()):
+        marks = [mark(scores, chosen, i, layer) for layer in range(len(row))]
+        rows.append([(f"{n}{sign}" if n >= 0 else ".", WINNER if sign == "*" else n) for n, sign in zip(row, marks)])
+    labels = [f"{i - len(tokens):>3} {visible(token, 13)}" for i, token in enumerate(tokens)]
+    return f"{MAPS[name]}\n{grid(labels, rows, colour, width)}\n{ramp(middle, reach, colour)}  {KEY}, . unmeasured"
 
 
-def layer_plot(before, after, layer, colour=False, width=80, rows=12):
-    """When does the model decide?  The projection on r at each layer, as text: means, and one standard deviation around.
+def layer_plot(before, after, layer, colour=False, width=80, height=12):
+    """The projection on r at each layer, as text: means, and one standard deviation around.  When does the model decide?
 
     before, after: {"harmful": (prompt, layer), "harmless": (prompt, layer)}, without and with ablation; layer: the chosen one.
     """
-    # what is drawn: (character, mean (layer,), spread), the later over the earlier
-    fogs, lines = [], [("=", x.nanmean(0), 0.0) for x in after.values()]
-    for kind, fog, line in (("harmful", ":", "#"), ("harmless", ".", "o")):
-        mean, sd = before[kind].nanmean(0), before[kind].std(0, unbiased=False).nan_to_num(0.0)
-        fogs, lines = [*fogs, (fog, mean, sd)], [*lines, (line, mean, 0.0)]
-    edges = torch.cat([mean + side * sd for _, mean, sd in fogs + lines for side in (-1, 1)]).nan_to_num(0.0)
-    top, bottom = max(0.0, edges.max().item()), min(0.0, edges.min().item())
-    down = lambda y: round((top - y) / ((top - bottom) or 1.0) * (rows - 1))  # the row of a value
-    shown = range(0, len(mean), -(-len(mean) // (width - 10)))  # too many layers: every second, every third, ...
-    cell = max(1, min(3, (width - 10) // len(shown)))
-    grid = [[" "] * len(shown) for _ in range(rows)]
-    for char, mean, sd in fogs + lines:
-        for i, (low, high) in enumerate(zip((mean - sd).tolist()[:: shown.step], (mean + sd).tolist()[:: shown.step])):
-            for row in range(down(high), down(low) + 1) if math.isfinite(high) else ():
-                grid[row][i] = "@" if (grid[row][i], char) == ("#", "o") else char  # both means at once
-    inks, names = {"#": ORANGE, ":": ORANGE, "o": BLUE, ".": BLUE}, {0: f"{top:.3g}", rows - 1: f"{bottom:.3g}", down(0.0): "0"}
-    text = ["x . r through the layers: # harmful, o harmless (: . one sd around), = ablated"]
-    for row, cells in enumerate(grid):
-        line = "".join(tint(c * cell, inks.get(c), colour and c in inks) for c in cells)
-        text.append(f"{names.get(row, ''):>8} {line}".rstrip())
-    every = 1 if cell == 3 else 5
-    text.append(f"{'layer':>8} " + "".join(f"{l:<{cell * every}}" for l in shown[::every]).rstrip())
-    return "\n".join([*text, f"{'r from':>8} {' ' * (layer // shown.step * cell)}^"])
+    curves = [(":", 6, before["harmful"], 1), (".", 3, before["harmless"], 1)]  # sign, level, projections, spread
+    curves += [("=", -1, x, 0) for x in after.values()] + [("o", 1, before["harmless"], 0), ("#", 8, before["harmful"], 0)]
+    ends = torch.stack([x.mean(0) + sd * x.std(0, unbiased=False) * torch.tensor([[1], [-1]]) for *_, x, sd in curves])
+    top, bottom = max(0.0, ends.max().item()), min(0.0, ends.min().item())
+    down = lambda y: round((top - y) / (top - bottom or 1.0) * (height - 1))  # value -> row
+    rows = [[("", -1)] * ends.shape[-1] for _ in range(height)]
+    for (sign, level, *_), (highs, lows) in zip(curves, ends.tolist()):  # the later over the earlier
+        for l, (high, low) in enumerate(zip(highs, lows)):
+            for row in range(down(high), down(low) + 1):
+                rows[row][l] = (3 * sign, level)
+    names = {0: f"{top:.3g}", height - 1: f"{bottom:.3g}", down(0.0): "0"}
+    picture = grid([f"{names.get(row, ''):>17}" for row in range(height)], rows, colour, width)
+    return f"x . r by layer: # harmful, o harmless (: . one sd), = ablated; r from layer {layer}\n{picture}"
 
 
 def paint(tokens, values, middle=0.0, reach=1.0, colour=False, width=80):
-    """A prompt's tokens, coloured by the level of a value each, (seq,); without colour, the level stands under its token."""
-    lines, room = [], 0
-    for token, n in zip(tokens, levels(values, middle, reach).tolist()):
-        text = printable(token, width)
-        size, gap = columns(text), len(text) - len(text.lstrip())
+    """A prompt's tokens in the colours of their values, (seq,); without colour, each over its level."""
+    lines, room = ["", ""], width
+    for token, n in zip((visible(token, width) for token in tokens), levels(values, middle, reach).tolist()):
+        size = columns(token)
         if size > room:
             lines, room = [*lines, "", ""], width
         room -= size
-        lines[-2] += tint(text, PALETTE[n], colour and n >= 0)
-        lines[-1] += ("?" if n < 0 else str(n)).rjust(min(size, gap + 1)).ljust(size)
-    lines = lines[::2] if colour else [line.rstrip() for line in lines]
-    return "\n".join([*lines, f"x . r: {ramp(f'{middle - reach:.3g}', f'{middle + reach:.3g}', colour)}"])
-
-
-def canvas():
-    """matplotlib's Figure, or a clear word that it is missing; asked for before the work starts and where it is used."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CannotDo("--figure needs matplotlib, which is not installed: pip install matplotlib, or leave it out.") from None
-    return Figure
+        lines[-2] += tint(token, n, colour)
+        lines[-1] += f"{n if n >= 0 else '.':<{size}}"[:size]
+    return "\n".join([*(lines[::2] if colour else lines), f"x . r: {ramp(middle, reach, colour)}"])
 
 
 def figure(path, scores, tokens, chosen, before, after):
-    """The maps (none if scores is None: there was no search) and the layers, drawn to a .png, .svg or .pdf by matplotlib."""
+    """The maps (none if scores is None) and the layers as a .png, .svg or .pdf.  CannotDo if it cannot be written."""
+    from matplotlib.figure import Figure
+
     names = list(MAPS) if scores else []
-    page = canvas()(figsize=(8, 1.9 * len(names) + 3.4), layout="constrained")
-    *maps, trace = page.subplots(len(names) + 1, 1, height_ratios=[1.9] * len(names) + [3.4], squeeze=False)[:, 0]
+    page = Figure(figsize=(11, 3 * len(names) + 3.5), layout="constrained")
+    *maps, trace = page.subplots(len(names) + 1, squeeze=False)[:, 0]
     for ax, name in zip(maps, names):
-        values, reach = map_values(scores, name)
-        ax.set_facecolor("0.85")  # grey: not measured
-        image = ax.imshow(values.numpy(), cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
-        page.colorbar(image, ax=ax, label=f"log10(KL / {KL_MAX:g})" if name == "kl" else "nats", pad=0.01)
-        for i, l in values.isfinite().nonzero().tolist():
-            dark = values[i, l].abs() > 0.6 * reach
-            ax.text(l, i, mark(scores, chosen, i, l), ha="center", va="center", weight="bold", color="w" if dark else "k")
-        labels = [f"{printable(token, 15)} {i - len(tokens)}" for i, token in enumerate(tokens)]
-        ax.set_yticks(range(len(tokens)), labels, size=7, parse_math=False)
-        ax.set_title(MAPS[name], size=9)
-        ax.set_xlabel("layer")
+        middle, reach = scale(scores[name], name)
+        image = ax.imshow(scores[name].numpy(), "PuOr_r", aspect="auto", vmin=middle - reach, vmax=middle + reach)
+        page.colorbar(image, ax=ax, label="nats", extend="max" if name == "kl" else "neither", pad=0.01)
+        for i, l in scores[name].isfinite().nonzero().tolist():
+            ink = "w" if abs(scores[name][i, l] - middle) > 0.6 * reach else "k"
+            ax.text(l, i, mark(scores, chosen, i, l), ha="center", va="center", color=ink)
+        labels = [f"{visible(token, 13)} {i - len(tokens)}" for i, token in enumerate(tokens)]
+        ax.set_yticks(range(len(tokens)), labels, parse_math=False)
+        ax.set(title=MAPS[name], xlabel=f"layer ({KEY}, grey: unmeasured)", facecolor="0.85")
     for kind, ink, dash in (("harmful", "#b35806", "-"), ("harmless", "#542788", "--")):
-        mean, sd, layers = before[kind].mean(0).numpy(), before[kind].std(0, unbiased=False).numpy(), range(before[kind].shape[1])
-        trace.plot(layers, mean, dash, color=ink, label=f"{kind}: mean, one standard deviation")
-        trace.fill_between(layers, mean - sd, mean + sd, color=ink, alpha=0.2, linewidth=0)
-        trace.plot(layers, after[kind].mean(0).numpy(), ":", color=ink, label=f"{kind}, ablated")
+        mean, sd = before[kind].mean(0).numpy(), before[kind].std(0, unbiased=False).numpy()
+        trace.plot(mean, dash, color=ink, label=f"{kind}: mean, one standard deviation")
+        trace.fill_between(range(len(mean)), mean - sd, mean + sd, color=ink, alpha=0.2)
+        trace.plot(after[kind].mean(0).numpy(), ":", color=ink, label=f"{kind}, ablated")
     trace.axvline(chosen.layer, color="0.5", linewidth=0.8)
-    trace.set_title("x . r through the layers (grey line: where r is from)", size=9)
-    trace.set(xlabel="layer", ylabel="x . r, units of the residual stream")
-    trace.legend(fontsize=8)
+    trace.set(title="x . r by layer (grey line: where r is from)", xlabel="layer", ylabel="x . r, units of the stream")
+    trace.legend()
     path = Path(path)
     partial = path.with_stem(f"{path.stem}.partial-{os.getpid()}")
     try:
-        page.savefig(partial, dpi=200)
+        page.savefig(partial, dpi=150)
         partial.replace(path)
-    except (OSError, ValueError) as error:
-        raise CannotDo(f"could not draw to {path}: {getattr(error, 'strerror', None) or error}.") from None
+    except OSError as error:
+        raise CannotDo(f"could not draw to {path}: {error.strerror}.") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1877,24 +1890,8 @@ def train_tiny_model(seed=0):
             ))  # fmt: skip
             # twice the usual scale: tokens stay legible when a direction is added
             nn.init.normal_(model.model.embed_tokens.weight, std=0.04)
-            tune(
-                model,
-                tokenizer,
-                [(harmful, help_with), (harmless, help_with)],
-                120,
-                2e-3,
-                rng,
-                "pretraining: help with everything",
-            )
-            tune(
-                model,
-                tokenizer,
-                [(harmful, refuse), (harmless, help_with)],
-                120,
-                1.5e-3,
-                rng,
-                "safety tuning: refuse the harmful",
-            )
+            tune(model, tokenizer, [(harmful, help_with), (harmless, help_with)], 120, 2e-3, rng, "pretraining: help with all")
+            tune(model, tokenizer, [(harmful, refuse), (harmless, help_with)], 120, 1.5e-3, rng, "safety tuning: refuse harm")
     finally:
         torch.set_num_threads(threads)
     return model.eval().requires_grad_(False), tokenizer
@@ -1904,21 +1901,24 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
     """Ordinary fine-tuning on the replies' tokens.  lessons: pairs of prompts and a function from prompt to reply.
 
     Each time a prompt is shown, a random share (up to `forget`) of its words is left out: with so few prompts the
-    model would else know them by heart and learn nothing about new ones.  Smoothed labels keep it from being so sure
-    that no direction can change its mind.
+    model would else know them by heart and learn nothing about new ones; and one time in four it opens with another
+    prompt's word, so that the opening decides how to help and the rest whether to.  Smoothed labels keep the model from being so
+    sure that no direction can change its mind.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    openings = [word for words in TINY_REPLIES for word in words]
     model.train()
     for _ in tqdm(range(steps), desc=desc, leave=False, disable=None):
         rows = []
         for prompts, reply in lessons:
             for prompt in rng.sample(prompts, batch // len(lessons)):
                 opening, *words = prompt.split()
+                opening = rng.choice(openings) if rng.random() < 0.25 else opening
                 share = rng.uniform(0, forget)
                 seen = " ".join([opening, *(word for word in words if rng.random() > share)])
                 chat = tokenize(tokenizer, [seen])["input_ids"][0].tolist()
-                answer = tokenizer(reply(prompt), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                answer = tokenizer(reply(seen), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
                 rows.append((chat + answer, [-100] * len(chat) + answer))  # -100: not scored
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])  # (batch, seq)
@@ -1926,7 +1926,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
         logits = model(input_ids=ids).logits[
             :, :-1
         ]  # (batch, seq - 1, vocab); padding is on the right, where no token looks at it
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.15)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -237,14 +237,21 @@ def test_padding_changes_nothing(toy, family):
     torch.testing.assert_close(means, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_reading_the_opening_once_changes_nothing(toy, monkeypatch):
+def as_it_is(model, batch, keep=1):
+    """In place of R.arrange: the padded batch."""
+    rows, seq = batch["input_ids"].shape
+    return {**batch, "use_cache": False}, torch.arange(1, rows + 1) * seq - 1
+
+
+def test_packing_changes_nothing(toy, monkeypatch):
     model, tokenizer = toy
     tokenizer.chat_template = "<|user|>You answer in few words, and you say what you know.<|end|>" + TEMPLATES["chatml"][0]
     prompts = [*PROMPTS, "Write a poem about rain", "Write a poem"]  # the last is how another one begins
     directions = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
     batch = R.forward_arguments(model, R.tokenize(tokenizer, prompts))
-    rest = R.read_opening(model, batch, keep=4)
-    assert rest["input_ids"].shape[1] + 20 < batch["input_ids"].shape[1] and R.read_opening(model, batch, keep=60)["use_cache"] is False
+    packed, last = R.arrange(model, batch, keep=4)
+    opening = len(os.path.commonprefix([ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]))
+    assert opening > 20 and packed["input_ids"].shape == (1, batch["attention_mask"].sum() - 4 * opening) and len(last) == 5
     measure = lambda: (
         R.next_token_logits(model, tokenizer, prompts),
         R.mean_activations(model, tokenizer, prompts),
@@ -254,7 +261,7 @@ def test_reading_the_opening_once_changes_nothing(toy, monkeypatch):
     for way in (nullcontext(), R.ablate(model, r), R.add(model, r, 2)):
         with way:
             ours.append(measure())
-    monkeypatch.setattr(R, "read_opening", lambda model, batch, keep=1: {**batch, "use_cache": False})
+    monkeypatch.setattr(R, "arrange", as_it_is)
     for way, once in zip((nullcontext(), R.ablate(model, r), R.add(model, r, 2)), ours):
         with way:
             torch.testing.assert_close(once, measure(), atol=1e-4, rtol=1e-4)
@@ -551,27 +558,19 @@ def saved_tiny(tiny, tmp_path_factory):
     return folder
 
 
-SMALL = ("--max-new-tokens", 16)
+SMALL = ("--n-test", 40, "--max-new-tokens", 16)
+QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 8)
 
 
 def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     done = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for stage in (
-        "1 model",
-        "2 prompts",
-        "3 directions",
-        "4 selection",
-        "  detector",
-        "5 refusals",
-        "  weights",
-        "  cost",
-        "6 replies",
-    ):
+    stages = "1 model,2 prompts,3 directions,4 selection,  detector,5 refusals,  weights,  cost,6 replies"
+    for stage in stages.split(","):
         assert f"\n{stage}" in "\n" + done.stdout
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr), "a pipe gets clean text"
-    row = lambda name: [int(x) for x in re.findall(r"(\d+)/100", re.search(rf"{name}.*", done.stdout)[0])]
-    assert row("no intervention")[0] >= 85 and row("direction ablated")[0] <= 10 and row("direction added")[-1] >= 85
+    row = lambda name: [int(x) for x in re.findall(r"(\d+)/40", re.search(rf"{name}.*", done.stdout)[0])]
+    assert row("no intervention")[0] >= 34 and row("direction ablated")[0] <= 4 and row("direction added")[-1] >= 34
     edited = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())
     assert numbers["scores"]["kl"][numbers["position"]][numbers["layer"]] == pytest.approx(numbers["kl"])
@@ -582,23 +581,17 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
         assert file.metadata()["layer"] == str(numbers["layer"])
     assert (R.unit(r) @ edited.model.layers[0].mlp.down_proj.weight).abs().max() < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["out"], "nothing half-written is left"
-    found = program(
-        "--model",
-        saved_tiny,
-        *SMALL,
-        "--direction",
-        tmp_path / "out" / "direction.safetensors",
-        "--coefficient",
-        numbers["coefficient"],
-    )
+    given = ("--direction", tmp_path / "out" / "direction.safetensors", "--coefficient", numbers["coefficient"])
+    found = program("--model", saved_tiny, *SMALL, *given, "--prompt", "How do I bake bread?")
+    assert re.search(r"(?m)^  prompt.*bake.*\n +[0-9 ]+\n", found.stdout) and "\n               ablated   " in found.stdout
     table = lambda text: text[text.index("5 refusals") : text.index("6 replies")]
     assert table(found.stdout) == table(done.stdout), "a saved direction gives the results that it was saved with"
     again = program("--model", saved_tiny, *SMALL, "--save", tmp_path / "out")
-    assert again.returncode == 2 and "must be a new folder" in again.stderr
+    assert again.returncode == 2 and "must be a new or empty folder" in again.stderr
 
 
 def test_the_same_command_prints_the_same_numbers(saved_tiny):
-    runs = [program("--model", saved_tiny, *SMALL, "--layer", 2, "--coefficient", 1).stdout for _ in range(2)]
+    runs = [program("--model", saved_tiny, *QUICK).stdout for _ in range(2)]
     without_time = [re.sub(r"(?m)^time.*", "", run) for run in runs]
     assert without_time[0] == without_time[1] and "skipped: position -1, layer 2" in runs[0]
 
@@ -626,11 +619,344 @@ def test_mistakes_are_answered_in_one_sentence(saved_tiny, tmp_path, capsys, arg
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_refuse_is_told_apart(toy, tmp_path):
+# Trust: models and numbers ------------------------------------------------------------------------------
+
+FEW = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 4)
+
+
+def one_sentence(capsys, status, message, *arguments):
+    """The program ends with this status and says this on one line of stderr; returns what else it said."""
+    try:
+        assert R.main([str(a) for a in arguments]) == status
+    except SystemExit as error:  # argparse's way
+        assert error.code == status
+    out, err = capsys.readouterr()
+    *others, line = [line for line in err.splitlines() if not line.startswith(("usage: ", "out of memory: going on"))]
+    assert message in line and "error: " in line and not others, err
+    return out
+
+
+@pytest.fixture
+def folder(toy, tmp_path):
+    """The toy as a user has it: a folder with a model and its tokenizer."""
     for part in toy:
-        part.save_pretrained(tmp_path / "untrained")
-    done = program("--model", tmp_path / "untrained", *SMALL)
-    assert done.returncode == 1 and "no refusal here to explain" in done.stderr
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def delete(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:3000])
+
+
+def configure(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def weigh(change):
+    """Change the state dict; change returns the format in which it is then stored."""
+
+    def do(folder):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        if change(weights) == "pickle":
+            torch.save(weights, folder / "pytorch_model.bin")
+        else:
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return do
+
+
+def replace(model, config, **sizes):
+    """Put a model of another kind in the folder."""
+    sizes |= {"vocab_size": 600, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return lambda folder: getattr(transformers, model)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+BART = {"d_model": 32} | {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 32))}  # fmt: skip
+CLASSIFIER = BERT | {"num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (delete("config.json"), "model_type"),
+    (write("config.json", "{"), "not a valid JSON"),
+    (write("config.json", "[]"), "cannot be used"),
+    (configure(hidden_size="wide"), "expected int"),
+    (configure(num_attention_heads=7), "not a multiple of the number of attention heads"),
+    (configure(hidden_act="frob"), "KeyError: 'frob'"),
+    (configure(intermediate_size=64), "cannot be used (RuntimeError"),
+    (configure(model_type="strange", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}), "custom code"),
+    (configure(quantization_config={"quant_method": "gptq", "bits": 4}), "cannot be used"),
+    (delete("model.safetensors"), "no file named model.safetensors"),
+    (weigh(lambda weights: "pickle"), "no file named model.safetensors"),
+    (cut("model.safetensors"), "SafetensorError"),
+    (weigh(lambda weights: weights.pop("model.layers.3.mlp.down_proj.weight") * 0), "lacks 1 of its weights, such as model.layers.3.mlp"),
+    (weigh(lambda weights: weights["model.layers.3.mlp.down_proj.weight"].fill_(math.nan)), "the logits hold NaN or infinity"),
+    (lambda folder: None, "this model hardly refuses harmful prompts (only 0 of 16 train"),
+    (delete("tokenizer.json"), "tokenizer"),
+    (cut("tokenizer.json"), "JSONDecodeError"),
+    (replace("T5ForConditionalGeneration", "T5Config", **T5), "T5Config"),
+    (replace("BartForConditionalGeneration", "BartConfig", **BART), "it is no causal model"),
+    (replace("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER), "it is no causal model"),
+    (replace("BertForMaskedLM", "BertConfig", **BERT), "does not add to the residual stream"),
+])  # fmt: skip
+def test_a_folder_that_holds_no_chat_model(folder, capsys, damage, message):
+    damage(folder)
+    one_sentence(capsys, 1, message, "--model", folder, *FEW)
+
+
+def test_a_model_that_is_nowhere(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    one_sentence(capsys, 1, "nobody/nothing cannot be used (OSError", "--model", "nobody/nothing")
+
+
+@pytest.mark.parametrize("template, message", [
+    ("", "no chat template"),
+    ("{{ messages[0].content", "TemplateSyntaxError"),
+    ("{{ messages[0].content + 1 }}<|assistant|>", "TypeError"),
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('A system message first') }}{% endif %}", "A system message first"),
+    ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('Users only') }}{% endif %}{{ m.content }}{% endfor %}<|assistant|>", "Users only"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "adds nothing after the instruction"),
+    ("Hello <|assistant|>", "leaves out the instruction"),
+    ("{% for m in messages %}{{ m.content }}<new>{% endfor %}", "tokens that the model has no embedding for"),
+])  # fmt: skip
+def test_templates_that_cannot_be_used(toy, folder, capsys, template, message):
+    toy[1].add_tokens(["<new>"])
+    toy[1].chat_template = template
+    for file in folder.glob("*token*"), folder.glob("*template*"):
+        for path in file:
+            path.unlink()
+    toy[1].save_pretrained(folder)
+    one_sentence(capsys, 1, message, "--model", folder, *FEW)
+
+
+def test_tokens_that_no_prompt_has_are_no_harm(toy):
+    model, tokenizer = toy
+    before = R.refusal_scores(model, tokenizer, PROMPTS)
+    tokenizer.add_tokens(["<image>"])  # Gemma 3 1B has such a token and no embedding for it
+    assert torch.equal(R.refusal_scores(model, tokenizer, PROMPTS), before)
+
+
+def test_one_bos_where_the_tokenizer_and_the_template_both_add_it(toy):
+    from tokenizers.processors import TemplateProcessing
+
+    _, tokenizer = toy
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 1)])  # plays the BOS
+    tokenizer.chat_template = "<|end|>" + TEMPLATES["brackets"][0]
+    assert tokenizer("Hi")["input_ids"][0] == 1
+    assert R.tokenize(tokenizer, ["Hi"])["input_ids"][0].tolist().count(1) == 1
+    assert 1 not in R.refusal_tokens(tokenizer) + R.template_tail(tokenizer)
+
+
+OPEN, CLOSED = "<|assistant|><think>\n", "<|assistant|><think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("ending, said", [
+    (CLOSED, []),
+    ("{% if enable_thinking is defined and not enable_thinking %}" + CLOSED + "{% else %}" + OPEN + "{% endif %}", ["leave that out"]),
+    (OPEN, ["every reply begin with thinking"]),
+    ("{{ enable_thinking }}" + OPEN, ["leave that out", "every reply begin with thinking"]),
+])  # fmt: skip
+def test_thinking_is_turned_off_where_it_can_be_and_told(toy, folder, capsys, ending, said):
+    toy[1].chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + ending
+    toy[1].save_pretrained(folder)
+    out = one_sentence(capsys, 1, "hardly refuses", "--model", folder, *FEW)
+    assert [words for words in ("leave that out", "every reply begin with thinking") if words in out] == said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--n-train", "x"), "invalid whole number value: 'x'"),
+    (("--n-train", 1.5), "invalid whole number value: '1.5'"),
+    (("--n-val", -3), "at least 1"),
+    (("--batch-size", 0), "at least 1"),
+    (("--max-new-tokens", 0), "at least 1"),
+    (("--layer", 1.5), "invalid int value"),
+    (("--layer", -1), "--layer from 0 to 3"),
+    (("--layer", 4), "--layer from 0 to 3"),
+    (("--layer", 2, "--position", -3), "--position goes from -2 to -1"),
+    (("--layer", 2, "--position", 0), "--position goes from -2 to -1"),
+    (("--coefficient", "x"), "invalid float value"),
+    (("--coefficient", 1, "inf"), "finite numbers"),
+    (("--seed", "x"), "invalid int value"),
+    (("--dtype", "int8"), "invalid choice"),
+    (("--device", "tpu"), "no device 'tpu'"),
+    (("--device", "cuda:99"), "no device 'cuda:99'"),
+    (("--device", "meta"), "no device 'meta'"),
+    (("--device", ""), "no device ''"),
+    (("--model", "tiny", "--n-train", 8, "--n-val", 53, "--n-test", 100), "152 together"),
+])  # fmt: skip
+def test_numbers_that_make_no_sense(folder, capsys, monkeypatch, arguments, message):
+    keep_all = lambda logits, tokens: logits.new_tensor([1.0, -1.0])[keep_all.calls.pop(0)].expand(len(logits))
+    keep_all.calls = [0, 1]  # the toy refuses nothing: let its prompts pass the filter, harmful ones and harmless ones
+    monkeypatch.setattr(R, "log_odds", keep_all)
+    one_sentence(capsys, 2, message, "--model", folder, *FEW, *arguments)
+
+
+def test_directions_that_make_no_sense(saved_tiny, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    notes = {"position": "-1", "layer": "2"}
+    cases = [
+        (torch.zeros(128), notes, "no direction"), (torch.full((128,), math.nan), notes, "no direction"),
+        (torch.ones(64), notes, "the model needs (128,)"), (torch.ones(1, 128), notes, "the model needs (128,)"),
+        (torch.ones(128), {}, "is not a direction"), (torch.ones(128), notes | {"layer": "6"}, "6 layers"),
+    ]  # fmt: skip
+    for vector, notes, message in cases:
+        save_file({"direction": vector}, tmp_path / "d.safetensors", notes)
+        few = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--direction", tmp_path / "d.safetensors")
+        one_sentence(capsys, 2, message, "--model", saved_tiny, *few)
+
+
+def test_models_that_never_and_always_refuse_are_told_so(tiny, found):
+    args = R.parse(["--n-train", "16", "--n-val", "4", "--n-test", "4"])
+    with R.ablate(*tiny[:1], found.vector), pytest.raises(R.CannotDo, match="hardly refuses harmful .* of 16 train"):
+        R.prepare(*tiny, args)
+    with R.add(tiny[0], found.vector, found.layer, 2.0), pytest.raises(R.CannotDo, match="refuses nearly everything .* of 16 train"):
+        R.prepare(*tiny, args)
+
+
+def test_prompts_that_are_all_the_same_to_the_model(toy):
+    with pytest.raises(R.CannotDo, match="no direction between them"):
+        R.select_direction(*toy, torch.zeros(2, 4, 32), PROMPTS, PROMPTS)
+
+
+def test_numbers_that_overflow_are_no_result(toy):
+    model, tokenizer = toy
+    model.half()
+    with pytest.raises(R.BadUse, match="smaller coefficient"), R.add(model, torch.full((32,), 1e4), 1, 7.0):  # 70 000 > 65 504
+        pass
+    with R.add(model, torch.full((32,), 1e4), 1, 6.0):
+        pass
+    model.model.layers[1].mlp.down_proj.weight.mul_(1e5)
+    for work in (R.mean_activations, R.refusal_scores):
+        with pytest.raises(R.CannotDo, match="hold NaN or infinity"):
+            work(model, tokenizer, PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("along", [0.0, 1.0, 17.0])  # how much of the massive channel is in r
+def test_massive_activations_are_ablated_all_the_same(toy, dtype, along):
+    """One channel a thousand times the others, as in Llama 2: what is ablated counts as ablated."""
+    model, r = toy[0], torch.randn(32, generator=torch.Generator().manual_seed(0))
+    r[3] = along
+    model.model.embed_tokens.weight[:, 3] *= 1000
+    model.model.layers[1].mlp.down_proj.weight[3] *= 1000
+    model.to(dtype)
+    with R.ablate(model, r):
+        pass
+    R.orthogonalize(model, r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_writer_in_fifty_that_is_not_ablated_is_found(dtype):
+    torch.manual_seed(2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4, initializer_range=0.08))  # fmt: skip
+    model.requires_grad_(False).to(dtype)
+    r = R.unit(torch.randn(256))
+    writers = R.writers(model)
+    for left_out in (None, 0, 3, 24, 47, 48):
+        hook = lambda module, args, output: R.replace_first(output, R.project_out(R.first(output), r))
+        with R.hooked([m.register_forward_hook(hook) for i, m in enumerate(writers) if i != left_out]):
+            if left_out is None:
+                R.check_erased(model, r)
+                continue
+            where = f"block {(left_out - 1) // 2}" if left_out else "the embeddings"
+            with pytest.raises(R.CannotDo, match=f"written to the stream by {where} "):
+                R.check_erased(model, r)
+
+
+class SmallMemory(TorchDispatchMode):
+    """A machine on which no tensor can have more than so many elements."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.refused = most, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() > self.most:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return out
+
+
+def test_running_out_of_memory_changes_no_result(toy):
+    model, tokenizer = toy
+    R.writers(model)
+    directions, prompts, replies = torch.randn(100, 4, 32), PROMPTS * 2, ["I swim", "", "rain in the dark"] * 2
+    estimate = lambda: torch.cat([torch.as_tensor(x).flatten() for x in R.attribution(model, tokenizer, directions, prompts)])
+    for most, work in (  # enough for one or two prompts
+        (5000, lambda: R.mean_activations(model, tokenizer, prompts)),
+        (5000, lambda: R.projections(model, tokenizer, prompts, directions[0, 0])),
+        (10_000, lambda: R.refusal_scores(model, tokenizer, prompts)),
+        (20_000, estimate),  # it runs out in the middle of a sum
+        (20_000, lambda: torch.tensor(R.reply_loss(model, tokenizer, prompts, replies))),
+        (20_000, lambda: tokenizer(R.generate(model, tokenizer, prompts, 4), padding=True, return_tensors="pt")["input_ids"]),
+    ):
+        whole = work()
+        with SmallMemory(most) as memory:
+            torch.testing.assert_close(work(), whole, atol=1e-4, rtol=1e-4)
+        assert memory.refused
+
+
+def test_no_memory_for_one_prompt(toy, monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert R.out_of_memory(error.value), "what a CPU says"
+    R.writers(toy[0])
+    monkeypatch.setattr(R, "load_model", lambda *arguments: toy)
+    with SmallMemory(500):
+        one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *FEW)
+
+
+@pytest.mark.parametrize("kind", ["quantised", "offloaded"])
+def test_weights_that_cannot_be_edited_cost_only_what_needs_them(saved_tiny, tmp_path, monkeypatch, capsys, kind):
+    load = R.load_model
+
+    def loaded(*arguments):
+        model, tokenizer = load(*arguments)
+        model.is_quantized = kind == "quantised"  # what transformers sets
+        if kind == "offloaded":  # what accelerate leaves of a module between two forward passes
+            model.spare = torch.nn.Linear(2, 2, device="meta")
+        return model, tokenizer
+
+    monkeypatch.setattr(R, "load_model", loaded)
+    out = one_sentence(capsys, 1, "quantised or offloaded weights", "--model", saved_tiny, *FEW, "--save", tmp_path / "out")
+    assert "direction ablated" in out and "6 replies" in out and not (tmp_path / "out").exists()
+
+
+def test_models_that_are_no_decoders_with_weights(toy):
+    for model in (toy[0].to("meta"), transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **T5))):
+        with pytest.raises(R.CannotDo, match="a decoder with its weights is needed"):
+            R.writers(model)
+
+
+def test_the_width_of_the_stream_is_printed_and_not_the_embeddings(toy, folder, capsys):
+    replace("OPTForCausalLM", "OPTConfig", hidden_size=48, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4)(folder)
+    assert "3 layers, d_model 48" in one_sentence(capsys, 1, "hardly refuses", "--model", folder, *FEW)
+
+
+def test_a_prompt_longer_than_the_context(toy):
+    toy[0].config.max_position_embeddings = 20
+    with pytest.raises(R.CannotDo, match="longer than this model can read"):
+        R.refusal_scores(*toy, PROMPTS)
+    R.refusal_scores(*toy, PROMPTS[1:2])
 
 
 def test_selection_never_sees_test_prompts(tiny, data, found):
@@ -648,7 +974,6 @@ def many(change=lambda line: line, more=()):
     return "\n".join([*map(change, R.load_prompts(R.PROMPTS / "harmful.txt")), *more]).encode()
 
 
-QUICK = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 8)
 
 
 @pytest.mark.parametrize("content, status, message", [
@@ -830,13 +1155,16 @@ def test_a_full_disk_while_saving(toy, tmp_path, capsys, limit):  # capsys: what
     assert sorted(path.stat().st_size > limit for path in (tmp_path / "out").iterdir())[-1], "this limit is none"
 
 
-def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
+def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "link.png").mkdir()
-    for argument in ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--save=/", "--figure=link.png", "--figure=full/a/b.png"):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # an empty folder may be replaced, but not by an empty name
+    wrong = ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--save=/", "--save=/proc")
+    for argument in (*wrong, "--figure=link.png", "--figure=full/a/b.png"):
         name, _, target = argument.partition("=")
         with pytest.raises(SystemExit) as exit:
             R.parse([name, str(tmp_path / target) if target else ""])
@@ -845,7 +1173,9 @@ def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
         with pytest.raises(R.CannotDo, match="could not save"):
             R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / target)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "x").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link", "link.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "link", "link.png"]
+    R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, R.parse(["--save", "."]).save)
+    assert (tmp_path / "empty" / "direction.safetensors").is_file() and len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_saved_model_that_is_not_the_one_in_memory_is_not_kept(toy, tmp_path):
@@ -1108,8 +1438,8 @@ def test_attribution_ranks_candidates_by_what_erasing_them_does(search):
     change = search.oracle[0] - plain_score(
         plain_logits(*search.arguments[:2], search.arguments[3]), R.refusal_tokens(search.arguments[1])
     )
-    some = search.arguments[2].norm(dim=-1) > 1e-6  # at layer 0 there is nothing to erase
-    assert spearman(estimate[some], change[some]) > 0.5
+    for position in range(len(estimate)):  # from layer 1 on: at layer 0 there is nothing to erase
+        assert spearman(estimate[position, 1:], change[position, 1:]) > 0.8
 
 
 def test_attribution_is_the_derivative_of_erasing_a_little(search):
@@ -1184,31 +1514,37 @@ def traces(n_layers, slope=1.0, prompts=4):
 def test_heat_map_is_this_text():
     assert R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN) == "\n".join([
         R.MAPS["bypass"],
-        "            0  1  2  3  4",
-        " -2 <|end|> j  6  .  .  f",
-        " -1 \\n      7  *  a  3  e",
-        "-4 0123456789 4  * winner  a-j the same, filtered out  . unmeasured",
+        "layer             0  1  2  3  4",
+        " -2 <|end|>       9< 6  .  .  5>",
+        " -1 \\n            7  1* 0x 3  4>",
+        "-4 0123456789 4  * winner, x KL>0.1, < induce<0, > late, . unmeasured",
     ])  # fmt: skip
 
 
 def test_heat_map_of_kl_is_centred_on_the_filter():
-    rows = R.heat_map(small_scores(), "kl", ["a", "b"], CHOSEN).splitlines()[2:4]
-    assert rows == [" -2 a c  4  .  .  c", " -1 b 0  *  j  .  c"]  # where KL is NaN nothing was measured; where 0, no change
+    rows = [line.split() for line in R.heat_map(small_scores(), "kl", ["a", "b"], CHOSEN).splitlines()[2:5]]
+    assert rows[0] == ["-2", "a", "0<", "2", ".", ".", "0>"] and rows[1] == ["-1", "b", "0", "2*", "9x", ".", "0>"]
+    assert rows[2][:3] == ["0", "0123456789", "0.2"]  # KL 0 to 0.1 is 0 to 4, above is broken
 
 
-def test_heat_map_marks_in_colour():
-    text = R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN, colour=True)
-    rows = [line.rstrip() for line in ESCAPE.sub("", text).splitlines()[2:4]]
-    assert rows == [" -2 <|end|> <     .  .  >", " -1 \\n         *  x     >"]
+def test_heat_map_in_colour_is_the_same_text_in_colours():
+    plain, text = (R.heat_map(small_scores(), "bypass", ["<|end|>", "\n"], CHOSEN, colour) for colour in (False, True))
+    assert [line.rstrip() for line in ESCAPE.sub("", text).splitlines()] == plain.splitlines()
+    for cell, code in (("9< ", R.PALETTE[9]), ("0x ", R.PALETTE[0]), ("1* ", R.PALETTE[R.WINNER])):
+        assert f"\033[{code}m{cell}\033[0m" in text
     relaxed = SimpleNamespace(position=-1, layer=1, relaxed="yes")  # then nothing is out for its induce
-    text = ESCAPE.sub("", R.heat_map(small_scores(), "bypass", ["a", "b"], relaxed, colour=True))
-    assert "<" not in text.splitlines()[2]
+    assert "<" not in R.heat_map(small_scores(), "bypass", ["a", "b"], relaxed).splitlines()[2]
+
+
+def test_heat_map_in_single_columns_keeps_the_marks():
+    lines = R.heat_map(small_scores(), "bypass", ["a", "b"], CHOSEN, width=25).splitlines()
+    assert [line[18:] for line in lines[1:4]] == ["0", "<6..>", "7*x3>"]
 
 
 def test_heat_map_where_nothing_was_measured():
     scores = {name: torch.full((1, 4), math.nan) for name in ("bypass", "induce", "kl")}
     for name in scores:
-        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x .  .  .  ."
+        assert R.heat_map(scores, name, ["x"], CHOSEN).splitlines()[2] == " -1 x             .  .  .  ."
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -1219,7 +1555,7 @@ def test_pictures_fit(width, n_layers):
     for colour in (False, True):
         pictures = [R.heat_map(scores, name, tokens, CHOSEN, colour, width) for name in R.MAPS]
         pictures.append(R.layer_plot(before, after, n_layers - 2, colour, width))
-        pictures.append(R.paint(["日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(100), 0.0, 1.0, colour, width))
+        pictures.append(R.paint(["\u0301", "日本語", " word", "\n", "", "-" * 300] * 20, torch.randn(101), 0.0, 1.0, colour, width))
         for line in "\n".join(pictures).splitlines():
             assert R.columns(ESCAPE.sub("", line)) <= width
             codes = ESCAPE.findall(line)
@@ -1232,30 +1568,40 @@ def test_pictures_fit(width, n_layers):
 
 
 def test_layer_plot_is_this_text():
-    assert R.layer_plot(traces(4), traces(4, 0.0), layer=2, rows=6).splitlines()[1:] == [
-        "       5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
-        "                  :::###",
-        "            :::######:::",
-        "         :::###:::",
-        "       0 @@@oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
-        "      -1 :::",
-        "   layer 0  1  2  3  4",
-        "  r from       ^",
+    assert R.layer_plot(traces(4), traces(4, 0.0), layer=2, height=6).splitlines()[1:] == [
+        "layer             0  1  2  3  4",
+        "                5             :::",  # a mean of 0, 1, .., 4 and a spread of 1
+        "                           :::###",
+        "                     :::######:::",
+        "                  :::###:::",
+        "                0 ###oooooooooooo",  # harmless prompts stay at 0, where the ablated ones are
+        "               -1 :::",
     ]
 
 
-def test_layer_plot_without_numbers_or_spread():
-    for x in (torch.full((2, 4), math.nan), torch.zeros(1, 4), torch.full((1, 4), 7.0)):
-        assert R.layer_plot({"harmful": x, "harmless": x}, {"harmful": x, "harmless": x}, 0)
+def test_layer_plot_without_spread():
+    for x in (torch.zeros(1, 4), torch.full((1, 4), 7.0)):
+        assert R.layer_plot({"harmful": x, "harmless": x}, {"harmful": 0 * x, "harmless": 0 * x}, 0, height=2).count("#") == 13
 
 
 def test_paint_is_this_text():
     tokens, values = ["How", " do", " I", "\n", "x"], torch.tensor([-1.0, -0.1, 0.0, 5.0, math.nan])
-    assert R.paint(tokens, values) == "How do I\\nx\n0   4  59 ?\nx . r: -1 0123456789 1"
-    assert R.paint(tokens, values, middle=1.0, reach=2.0, width=6).splitlines()[:4] == ["How do", "0   2", " I\\nx", " 29 ?"]
+    assert R.paint(tokens, values) == "How do I\\nx\n0  4  5 9 .\nx . r: -1 0123456789 1"
+    assert R.paint(tokens, values, middle=1.0, reach=2.0, width=6).splitlines()[:4] == ["How do", "0  2  ", " I\\nx", "2 9 ."]
     painted = R.paint(tokens, values, colour=True)
     assert ESCAPE.sub("", painted).splitlines()[0] == "How do I\\nx" and painted.startswith(f"\033[{R.PALETTE[0]}mHow\033[0m")
     assert painted.splitlines()[0].endswith("x")  # NaN has no colour
+
+
+def test_replies_are_stacked_to_fit(toy, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(R, "generate", lambda model, tokenizer, prompts, *_: ["日本語" * 40, "word " * 60, "", "a\x1b[31m\nb"])
+    chosen, args = SimpleNamespace(vector=torch.ones(32), layer=1, coefficient=1.0), SimpleNamespace(max_new_tokens=8, batch_size=8)
+    whole, cut = (R.examples(*toy, ["p"] * 4, chosen, args, most) for most in (None, 1))
+    assert max(R.columns(line) for line in whole.splitlines()) in range(60, 68)  # 80 less the margin of 13
+    assert whole.count("日本語") > 100 and whole.count("word") == 180
+    assert cut.count("\n") == 4 * 4 - 1 and cut.count(" ...") == 6
+    assert cut.splitlines()[-4:] == ["p", *(f"  {name:<10}a\\x1b[31m b" for name in ("as it is", "ablated", "added"))]
 
 
 @pytest.mark.parametrize("tty, no_colour, term, want", [
@@ -1280,12 +1626,9 @@ def luminance(n):
 
 def test_colours_have_contrast():
     contrast = lambda a, b: (max(a, b) + 0.05) / (min(a, b) + 0.05)
-    for code in [*R.PALETTE, R.WINNER]:
+    for code in R.PALETTE:
         ink, paper = map(int, re.findall(r"[34]8;5;(\d+)", code))
         assert contrast(luminance(ink), luminance(paper)) >= 4.5
-    for code in (R.BLUE, R.ORANGE):  # letters on the terminal's own ground, dark or light
-        ink = luminance(int(code.split(";")[-1]))
-        assert contrast(ink, 0.0) >= 3.5 and contrast(ink, 1.0) >= 3.5
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -1299,11 +1642,10 @@ def test_figure(tmp_path, suffix):
         R.figure(tmp_path / "missing" / f"x.{suffix}", None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
 
 
-def test_figure_without_matplotlib(tmp_path, monkeypatch):
+def test_figure_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(R.CannotDo, match="needs matplotlib, which is not installed"):
-        R.figure(tmp_path / "x.png", None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
+    assert R.main(["--figure", str(tmp_path / "x.png")]) == 1
+    assert "needs matplotlib, which is not installed" in capsys.readouterr().err
 
 
 # A real model ------------------------------------------------------------------------------------------
@@ -1472,7 +1814,7 @@ def test_exercise_2_mean_activations():
             states = stream(model, {"input_ids": R.tokenize(tokenizer, [prompt])["input_ids"]})
         tail = torch.stack([state[0, -2:].double() for state in states], dim=1)  # (position, n_layers + 1, d_model)
         means, leaving = [*means, tail[:, :-1]], [*leaving, tail[:, 1:]]
-    by_length = sorted(range(n), key=lambda i: len(PROMPTS[i]))  # as the batches are
+    by_length = sorted(range(n), key=lambda i: -len(PROMPTS[i]))  # as the batches are
     uneven = (sum(means[i] for i in by_length[:2]) / 2 + means[by_length[2]]) / 2
     want = sum(means) / n
     check(R.mean_activations(model, tokenizer, PROMPTS, batch_size=2), want, "the mean", **{
@@ -1669,7 +2011,7 @@ def answer_add(change, late=0):
 def answer_means(finish, layer=0, one_by_one=False):
     def mean_activations(model, tokenizer, prompts, batch_size=32):
         sums = []
-        prompts = sorted(prompts, key=len)
+        prompts = sorted(prompts, key=len, reverse=True)
         for start in range(0, len(prompts), batch_size):
             batch = R.forward_arguments(model, R.tokenize(tokenizer, prompts[start : start + batch_size]))
             tails = torch.stack([x[:, -2:].double() for x in stream(model, batch)[layer : layer + 4]], dim=2)
@@ -2101,14 +2443,6 @@ def prove(model, seed=0):
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
     base, notes = logits(), []
 
-    # reading what prompts open with once: the same logits
-    opening, full = torch.randint(3, 100, (40,), generator=generator).tolist(), torch.zeros(3, 53, dtype=torch.long)
-    for row, n in zip(full, (5, 9, 13)):
-        row[-40 - n :] = torch.tensor(opening + torch.randint(3, 100, (n,), generator=generator).tolist())
-    batch = R.forward_arguments(model, {"input_ids": full, "attention_mask": (full > 0).long()})
-    once, whole = (model(**arguments).logits[:, -1] for arguments in (R.read_opening(model, batch), {**batch, "use_cache": False}))
-    assert apart([once], [whole]) < 1e-4, "reading the opening once changes the logits"
-
     # ablate: nothing of r in any sum, and nothing stays behind
     try:
         with R.ablate(model, 3 * r):
@@ -2127,6 +2461,14 @@ def prove(model, seed=0):
     if notes:
         assert greedy(True) != greedy(False), notes[0]
         notes = ["cached and uncached replies differ without hooks, too"]
+
+    # packed prompts: the same logits, or not packed
+    opening, full = torch.randint(3, 100, (40,), generator=generator).tolist(), torch.zeros(3, 72, dtype=torch.long)
+    for row, n in zip(full, (5, 9, 32)):  # 72 tokens: past a sliding window of 64
+        row[-40 - n :] = torch.tensor(opening + torch.randint(3, 100, (n,), generator=generator).tolist())
+    batch = R.forward_arguments(model, {"input_ids": full, "attention_mask": (full > 0).long()})
+    packed, plain = (R.first_logits(model, *way(model, batch)) for way in (R.arrange, as_it_is))
+    assert apart([packed], [plain]) < 1e-4, "packing changes the logits"
 
     # add: exactly coefficient * vector, at its layer
     def streams():
@@ -2341,7 +2683,7 @@ def bench(folder="tiny", sample=3):
         f"plain: means measured; sweeps measured on {len(everything)} of {whole} candidates"
         + (", extrapolated to all" if times > 1 else "")
     )
-    print(f"{'':<24}{'seconds':>10}{'prompt-forwards':>18}{'tokens':>10}   (attribution's backward pass is in the seconds only)")
+    print(f"{'':<24}{'seconds':>10}{'rows':>18}{'tokens':>10}   (a packed row holds many prompts; attribution's backward pass is in the seconds only)")
     for name, row in (
         ("plain means", plain_m),
         ("plain, all", plain_all),
@@ -2372,15 +2714,15 @@ def bench(folder="tiny", sample=3):
             bare()
 
     print(line.format("ablated forward, with ablate()'s probe", *ratio(enter, bare)))
-    opening, score = R.read_opening, lambda: R.refusal_scores(model, tokenizer, val[0])
+    arrange, score = R.arrange, lambda: R.refusal_scores(model, tokenizer, val[0])
 
     @contextmanager
-    def reading_all():
-        R.read_opening = lambda model, batch, keep=1: {**batch, "use_cache": False}
+    def padded():
+        R.arrange = as_it_is
         yield
-        R.read_opening = opening
+        R.arrange = arrange
 
-    print("refusal scores with every opening read {:.3f} s, read once {:.3f} s: {:.2f}x".format(*ratio(score, score, reading_all)))
+    print("refusal scores of padded prompts {:.3f} s, of packed ones {:.3f} s: {:.2f}x".format(*ratio(score, score, padded)))
     bench_growth(train)
 
 
@@ -2398,7 +2740,7 @@ def bench_growth(train):
         means = timed(model, lambda: [R.mean_activations(model, tokenizer, prompts) for prompts in few])
         search = timed(model, lambda: R.select_direction(model, tokenizer, means[3][0] - means[3][1], *few, patience=2))
         print(
-            f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} prompt-forwards; search {search[0]:.2f} s, {search[1]} prompt-forwards"
+            f"{n_layers} layers, {n_prompts:>2} prompts: means {means[0]:.3f} s, {means[1]} rows; search {search[0]:.2f} s, {search[1]} rows"
         )
 
 
