@@ -1452,7 +1452,8 @@ def save(model, tokenizer, chosen, results, target):
 
     Written beside the target, read back, compared, and only then renamed: there is never half a folder, and nothing is overwritten.
     """
-    target, partial = Path(target), Path(f"{target}.partial-{os.getpid()}")
+    target = Path(target).absolute()
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -1533,8 +1534,9 @@ def parse(argv):
         parser.error("--coefficient needs finite numbers.")
     if args.save is not None:
         target = Path(args.save).absolute()
-        there = next((path for path in target.parents if os.path.lexists(path)), target)
-        if not writable(there) or os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        above = (path for path in target.parents if os.path.lexists(path))
+        taken = os.path.islink(target) or os.path.ismount(target) or not writable(target) or os.listdir(target)
+        if not args.save or os.path.lexists(target) and taken or not writable(next(above)):
             parser.error(f"cannot save to {args.save!r}: it must be a new or empty folder, in a folder that can be written to.")
     return args
 

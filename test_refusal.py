@@ -1155,13 +1155,16 @@ def test_a_full_disk_while_saving(toy, tmp_path, capsys, limit):  # capsys: what
     assert sorted(path.stat().st_size > limit for path in (tmp_path / "out").iterdir())[-1], "this limit is none"
 
 
-def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
+def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "link.png").mkdir()
-    for argument in ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--save=/", "--figure=link.png", "--figure=full/a/b.png"):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # an empty folder may be replaced, but not by an empty name
+    wrong = ("--save=file", "--save=full", "--save=link", "--save=file/below", "--save=", "--save=/", "--save=/proc")
+    for argument in (*wrong, "--figure=link.png", "--figure=full/a/b.png"):
         name, _, target = argument.partition("=")
         with pytest.raises(SystemExit) as exit:
             R.parse([name, str(tmp_path / target) if target else ""])
@@ -1170,7 +1173,9 @@ def test_nothing_in_the_way_is_overwritten(tmp_path, toy, capsys):
         with pytest.raises(R.CannotDo, match="could not save"):
             R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, tmp_path / target)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "x").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link", "link.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "link", "link.png"]
+    R.save(*toy, SimpleNamespace(vector=torch.ones(32)), {}, R.parse(["--save", "."]).save)
+    assert (tmp_path / "empty" / "direction.safetensors").is_file() and len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_saved_model_that_is_not_the_one_in_memory_is_not_kept(toy, tmp_path):
