@@ -807,7 +807,7 @@ KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8
 def choose(scores):
     """The paper's rule: of the candidates that pass the filters, the one with the lowest bypass.  Section 2.3, appendix C.
 
-        layer < 0.8 n_layers   and   KL <= 0.1   and   induce >= 0
+        layer < int(0.8 n_layers)   and   KL <= 0.1   and   induce >= 0
 
     scores: "bypass", "kl" and "induce" -> (position, layer), NaN where nothing was measured: such a candidate never wins.
     Returns (position, layer), the position counted from the end (-1 is the last), or None if nothing passes.

@@ -971,7 +971,7 @@ def test_selection_never_sees_test_prompts(tiny, data, found):
 
 def many(change=lambda line: line, more=()):
     """harmful.txt with every line changed, and lines added, as bytes."""
-    return "\n".join([*map(change, R.load_prompts(R.PROMPTS / "harmful.txt")), *more]).encode()
+    return "\n".join([*map(change, R.load_prompts(HERE / "prompts" / "harmful.txt")), *more]).encode()
 
 
 
@@ -1668,19 +1668,20 @@ def test_the_paper_holds_on_a_real_model(capsys):
 # `REFUSAL=student.py pytest -k exercise_3` grades what a student has put there.  A grader has inputs of its own, an oracle
 # that never calls the solution, and oracles in place of the other exercises' functions, so that each can be solved alone.
 
-EXERCISES = {  # number -> functions
-    "1": ["template_tail"], "2": ["mean_activations"], "3": ["refusal_directions"], "4": ["project_out", "ablate"], "5": ["add"],
-    "6": ["log_odds"], "7": ["kl_divergence"], "8": ["choose"], "9a": ["erase"], "9b": ["orthogonalize"],
+EXERCISES = {
+    "1": "template_tail", "2": "mean_activations", "3": "refusal_directions", "4a": "project_out", "4b": "ablate", "5": "add",
+    "6": "log_odds", "7": "kl_divergence", "8": "choose", "9a": "erase", "9b": "orthogonalize",
 }  # fmt: skip
 
 
-def blank(source):
+def blank(source, target="student.py"):
     """The source with the body of every exercise function, after its docstring, replaced by a line that raises."""
-    lines, number = source.splitlines(keepends=True), {name: n for n, names in EXERCISES.items() for name in names}
+    lines, number = source.splitlines(keepends=True), {name: n for n, name in EXERCISES.items()}
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.name in number:
-            task = f"exercise {number[node.name]}: {node.name} (line {node.lineno}) is yours to write"
-            lines[node.body[0].end_lineno : node.end_lineno] = [f'    raise NotImplementedError("{task}")\n']
+            n = number[node.name]
+            task = f"exercise {n}: {node.name} is yours to write; grade it with REFUSAL={target} pytest -k exercise_{n}"
+            lines[node.body[0].end_lineno : node.end_lineno] = [f"    raise NotImplementedError({json.dumps(task)})\n"]
     return "".join(lines)
 
 
@@ -1688,11 +1689,11 @@ def write_blank(target):
     """python test_refusal.py blank FILE: write the student's copy; the exit status."""
     try:
         with open(target, "x", encoding="utf-8") as file:
-            file.write(blank((HERE / "refusal.py").read_text(encoding="utf-8")))
+            file.write(blank((HERE / "refusal.py").read_text(encoding="utf-8"), target))
     except OSError as error:
         print(f"error: cannot write {target} ({error.strerror}): name a new file.", file=sys.stderr)
         return 2
-    print(f"{target}: {len(EXERCISES)} exercises; grade one with REFUSAL={target} pytest {Path(__file__).name} -k exercise_1")
+    print(f"{target}: {len(EXERCISES)} exercises; grade the first with REFUSAL={target} pytest -k exercise_1")
     return 0
 
 
@@ -1733,6 +1734,7 @@ SLIPS = {
     "component": "This is the component along r; wanted is what is left without it.",
     "mirror": "This is the reflection, twice too much: subtract (x . r) r once.",
     "in place": "You changed the tensor in place, and others still hold it: make a new one.",
+    "no effect": "Nothing has changed: a hook's return value replaces what it was given, so return it, and yield inside `with hooked(...)`.",
     "length": "Did you forget to normalise? direction may have any length, and only a unit vector projects.",
     "inputs only": "Only what enters the blocks is projected: in the middle of each block, and at its end, r is back. Hook the writers.",
     "left behind": "After the with block the model is not what it was: remove every hook, whatever happened.",
@@ -1746,7 +1748,7 @@ SLIPS = {
     "not summed": "This is the mean over the vocabulary: the divergence is a sum, weighted by p.",
     "epsilon": "An epsilon inside the logarithm biases KL low: take log_softmax of the logits.",
     "broken": "This candidate breaks the model: drop what has KL > KL_MAX.",
-    "late": "This candidate is too late: only layers below LATE * n_layers may win.",
+    "late": "This candidate is too late: only layers below int(LATE * n_layers) may win.",
     "front": "Count the position from the end: -1 is the last.",
     "strict": "Nothing passes all the filters here: leave out the one on induce, and only that one.",
     "weak": "This candidate does not induce refusal, and another one does: drop what has induce < INDUCE_MIN.",
@@ -1776,7 +1778,7 @@ def exercise(number):
     def make(grader):
         def test(monkeypatch):
             for name, oracle in (("template_tail", known_tail), ("project_out", known_projection), ("erase", known_erase)):
-                if name not in EXERCISES[number]:
+                if name != EXERCISES[number]:
                     monkeypatch.setattr(R, name, oracle)
             blank_met = None
             try:
@@ -1797,7 +1799,9 @@ def test_exercise_1_template_tail():
     for name, (template, tail) in TEMPLATES.items():
         _, tokenizer = small_model()
         tokenizer.chat_template, want = template, tokenizer.convert_tokens_to_ids(tail)
-        got = list(R.template_tail(tokenizer))
+        got = R.template_tail(tokenizer)
+        if not isinstance(got, list):
+            pytest.fail(f"the tail is {type(got).__name__}, and a list of token ids is wanted.", pytrace=False)
         fail_if(len(want) > 1 and got == want[::-1], "backwards")
         fail_if(got[-len(want) :] == want and len(got) > len(want), "instruction")
         fail_if(got != want and (not got or got == want[: len(got)]), "generation")
@@ -1829,8 +1833,8 @@ def test_exercise_3_refusal_directions():
         "harmless first": -want, "too early": want / want.norm(dim=-1, keepdim=True), "averaged": want.mean(0)})  # fmt: skip
 
 
-@exercise("4")
-def test_exercise_4_project_out():
+@exercise("4a")
+def test_exercise_4a_project_out():
     x, r = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(1)), torch.eye(16)[3] * 0.6 + torch.eye(16)[9] * 0.8
     before, want = x.clone(), known_projection(x, r)
     got = R.project_out(x, r)
@@ -1851,8 +1855,8 @@ def hooked_logits(model, tokenizer, modules, change, before=False):
         return logits_of(model, tokenizer)
 
 
-@exercise("4")
-def test_exercise_4_ablate():
+@exercise("4b")
+def test_exercise_4b_ablate():
     model, tokenizer = small_model(8.0)
     direction, plain = 3 * R.unit(torch.randn(32, generator=torch.Generator().manual_seed(2))), logits_of(model, tokenizer)
     layers, r = model.model.layers, direction / 3
@@ -1862,7 +1866,7 @@ def test_exercise_4_ablate():
         got = logits_of(model, tokenizer)
     fail_if(not torch.equal(logits_of(model, tokenizer), plain), "left behind")
     check(got, hooked_logits(model, tokenizer, writing, project), "the ablated model's logits", **{
-        "length": hooked_logits(model, tokenizer, writing, lambda x: known_projection(x, direction)),
+        "no effect": plain, "length": hooked_logits(model, tokenizer, writing, lambda x: known_projection(x, direction)),
         "inputs only": hooked_logits(model, tokenizer, layers, project, before=True)})  # fmt: skip
     try:
         with R.ablate(model, direction):
@@ -1882,12 +1886,17 @@ def test_exercise_5_add():
         got = logits_of(model, tokenizer)
     fail_if(not torch.equal(logits_of(model, tokenizer), plain), "left behind")
     check(got, entering(1, lambda x: x - 0.5 * vector), "the steered model's logits", **{
-        "unit added": entering(1, lambda x: x - 0.5 * R.unit(vector)),
+        "no effect": plain, "unit added": entering(1, lambda x: x - 0.5 * R.unit(vector)),
         "next layer": entering(2, lambda x: x - 0.5 * vector), "last only": entering(1, lambda x: x - 0.5 * vector * last)})  # fmt: skip
     for layer, coefficient in ((4, 1.0), (-1, 1.0), (1, math.nan)):
-        with pytest.raises(R.BadUse):
+        try:
             with R.add(model, vector, layer, coefficient):
                 pass
+        except R.BadUse:
+            continue
+        except (IndexError, RuntimeError):
+            pass
+        pytest.fail(f"layer {layer} with coefficient {coefficient} must raise BadUse, and with a sentence (see the docstring).", pytrace=False)
 
 
 @exercise("6")
@@ -1918,11 +1927,12 @@ def test_exercise_8_choose():
         return {"bypass": torch.tensor(bypass), "kl": torch.tensor(kl), "induce": torch.tensor(induce)}
 
     nan = math.nan
-    cases = [  # two positions, five layers, of which the last is too late: (scores, answer, what other answers say)
+    cases = [  # five layers, of which the last is too late, or six, of which the last two: (scores, answer, what others say)
         (table([[1.0, -1, 0, 0, -5], [2, -2, -9, -3, -5]], [[0.0] * 5, [0, 0, 7, 0, 0]], [[1.0] * 5, [1, 1, 1, -1, 1]]), (-1, 1),
          {(-1, 2): "broken", (-2, 4): "late", (-1, 3): "weak", (1, 1): "front"}),
         (table([[1.0, -1, 0, 0, 0], [2, nan, -9, -2, 0]], [[0.0] * 5, [0, nan, 7, nan, 0]], [[-1.0] * 5, [-1, nan, 1, nan, 1]]), (-2, 1),
          {None: "strict", (-1, 2): "broken", (-1, 4): "late", (0, 1): "front"}),
+        (table([[0.0, -1, 2, 2, -2, -3]], [[0.0] * 6], [[1.0] * 6]), (-1, 1), {(-1, 4): "late", (-1, 5): "late", (0, 1): "front"}),
         (table([[nan] * 5], [[nan] * 5], [[nan] * 5]), None, {}),
         (table([[-1.0] * 5], [[9.0] * 5], [[1.0] * 5]), None, {}),
     ]  # fmt: skip
@@ -1973,7 +1983,7 @@ def test_exercise_9b_orthogonalize():
     names = R.orthogonalize(model, 3 * r)
     wrongs = {wrong: logits_of(*edited(wrong)) for wrong in ("biases", "embeddings", "head")}
     check(logits_of(model, tokenizer), logits_of(*edited(None)), "the edited model's logits", **wrongs)
-    if sorted(names) != sorted(n for n, _ in model.named_parameters() if re.search(r"(embed_tokens|o_proj|down_proj)\.", n)):
+    if sorted(names or []) != sorted(n for n, _ in model.named_parameters() if re.search(r"(embed_tokens|o_proj|down_proj)\.", n)):
         pytest.fail(f"return the names of the edited parameters, and not {names}", pytrace=False)
 
 
@@ -2073,12 +2083,14 @@ WRONG = [
     ("3_refusal_directions", "refusal_directions", lambda a, b: b - a, "harmless first"),
     ("3_refusal_directions", "refusal_directions", lambda a, b: nn.functional.normalize(a - b, dim=-1), "too early"),
     ("3_refusal_directions", "refusal_directions", lambda a, b: (a - b).mean(0), "averaged"),
-    ("4_project_out", "project_out", lambda x, r: (x @ r)[..., None] * r, "component"),
-    ("4_project_out", "project_out", lambda x, r: x - 2 * (x @ r)[..., None] * r, "mirror"),
-    ("4_project_out", "project_out", changed_in_place, "in place"),
-    ("4_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, d)), "length"),
-    ("4_ablate", "ablate", answer_ablate(before_blocks, lambda d: lambda x: known_projection(x, R.unit(d))), "inputs only"),
-    ("4_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)), leave=1), "left behind"),
+    ("4a_project_out", "project_out", lambda x, r: (x @ r)[..., None] * r, "component"),
+    ("4a_project_out", "project_out", lambda x, r: x - 2 * (x @ r)[..., None] * r, "mirror"),
+    ("4a_project_out", "project_out", changed_in_place, "in place"),
+    ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, d)), "length"),
+    ("4b_ablate", "ablate", answer_ablate(before_blocks, lambda d: lambda x: known_projection(x, R.unit(d))), "inputs only"),
+    ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)), leave=1), "left behind"),
+    ("4b_ablate", "ablate", lambda model, direction: nullcontext(), "no effect"),
+    ("5_add", "add", lambda *args, coefficient: nullcontext(), "no effect"),
     ("5_add", "add", answer_add(lambda x, v: x - 0.5 * R.unit(-v)), "unit added"),
     ("5_add", "add", answer_add(lambda x, v: x + v, late=1), "next layer"),
     ("5_add", "add", answer_add(lambda x, v: torch.cat([x[:, :-1], x[:, -1:] + v], dim=1)), "last only"),
@@ -2105,14 +2117,15 @@ WRONG = [
 @pytest.mark.parametrize("name, function, wrong, slip", WRONG, ids=[f"{name}-{slip}" for name, _, _, slip in WRONG])
 def test_classroom_names_the_slip(monkeypatch, name, function, wrong, slip):
     monkeypatch.setattr(R, function, wrong)
-    with pytest.raises(pytest.fail.Exception, match=re.escape(SLIPS[slip])):
+    with pytest.raises(pytest.fail.Exception) as failure:
         globals()[f"test_exercise_{name}"](monkeypatch)
+    assert [name for name, words in SLIPS.items() if words in str(failure.value)] == [slip]
 
 
 RIGHT = [
     ("1_template_tail", "template_tail", answer_tail(["Say yes", "Why? 1", "Count (to ten)"])),
     ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0))),
-    ("4_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)))),
+    ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)))),
     ("8_choose", "choose", answer_choose()),
     ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("nothing")),
 ]
@@ -2126,7 +2139,7 @@ def test_classroom_takes_other_right_answers(monkeypatch, name, function, right)
 
 def test_classroom_blanks_differ_in_bodies_only():
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
-    blanks, functions = blank(source), sum(EXERCISES.values(), [])
+    blanks, functions = blank(source), EXERCISES.values()
     inserted, there = [line for line in blanks.splitlines() if "is yours to write" in line], iter(source.splitlines())
     assert len(inserted) == len(functions)
     assert all(line in there for line in blanks.splitlines() if line not in inserted), "every other line is there, and in order"
@@ -2138,28 +2151,39 @@ def test_classroom_blanks_differ_in_bodies_only():
 
 
 def test_classroom_every_blank_fails_and_each_can_be_solved_alone(tmp_path, monkeypatch):
-    solution = {name: getattr(R, name) for names in EXERCISES.values() for name in names}
-    assert write_blank(tmp_path / "student.py") == 0 and write_blank(tmp_path / "student.py") == 2
+    solution = {name: getattr(R, name) for name in EXERCISES.values()}
+    write_blank(tmp_path / "student.py")
     student = load(tmp_path / "student.py")
-    for number, names in EXERCISES.items():
-        tests = [test for name, test in globals().items() if name.startswith(f"test_exercise_{number}_")]
-        assert tests, number
-        for test in tests:
+    for number, own in EXERCISES.items():
+        test = globals()[f"test_exercise_{number}_{own}"]
+        for name in solution:
+            monkeypatch.setattr(R, name, getattr(student, name))
+        with pytest.raises(pytest.fail.Exception, match=f"exercise {number}: {own} is yours"):
             with monkeypatch.context() as patch:
-                for name in solution:
-                    patch.setattr(R, name, getattr(student, name))
-                with pytest.raises(pytest.fail.Exception, match=f"exercise {number}"):
-                    test(patch)
-                for name in names:
-                    patch.setattr(R, name, solution[name])
                 test(patch)
+        monkeypatch.setattr(R, own, solution[own])
+        with monkeypatch.context() as patch:
+            test(patch)
 
 
-def test_classroom_the_students_file_says_what_is_next(saved_tiny, tmp_path):
+def test_classroom_the_students_file_says_what_is_next(saved_tiny, tmp_path, capsys):
     shutil.copytree(R.PROMPTS, tmp_path / "prompts")
     write_blank(tmp_path / "student.py")
     done = subprocess.run([sys.executable, "student.py", "--model", saved_tiny, *map(str, SMALL)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and re.fullmatch(r"next: exercise 1: template_tail \(line \d+\) is yours to write\n", done.stderr)
+    assert done.returncode == 1 and re.fullmatch(r"next: exercise 1: template_tail is yours .* pytest -k exercise_1\n", done.stderr)
+    capsys.readouterr()
+    before = (tmp_path / "student.py").read_bytes()
+    assert write_blank(tmp_path / "student.py") == 2 and (tmp_path / "student.py").read_bytes() == before
+    assert re.fullmatch("error: .*name a new file.\n", capsys.readouterr().err)
+
+
+def test_classroom_grades_a_file_elsewhere(tmp_path):
+    write_blank(tmp_path / "student.py")
+    grade = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", HERE / "test_refusal.py"]
+    done = subprocess.run(grade, cwd=tmp_path, env=os.environ | {"REFUSAL": "student.py"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and f"{len(EXERCISES)} failed in" in done.stdout, done.stdout
+    failed = re.findall(r"FAILED .*test_exercise_(\w+?)_", done.stdout)
+    assert failed == list(EXERCISES) and "Traceback" not in done.stdout and done.stdout.count("is yours to write") >= len(EXERCISES)
 
 
 # %% Every architecture: the census -------------------------------------------------------------------------
@@ -2745,7 +2769,7 @@ def bench_growth(train):
 
 
 if "REFUSAL" in os.environ:  # grading a student: nothing but the exercises
-    for name in [name for name in globals() if name.startswith("test_") and "exercise" not in name]:
+    for name in [name for name in globals() if name.startswith("test_") and not name.startswith("test_exercise_")]:
         del globals()[name]
 
 if __name__ == "__main__":
