@@ -1757,6 +1757,7 @@ SLIPS = {
     "strict": "Nothing passes all the filters here: leave out the one on induce, and only that one.",
     "weak": "This candidate does not induce refusal, and another one does: drop what has induce < INDUCE_MIN.",
     "transpose": "This is the transpose's projection: a nn.Linear stores (out, in), and it is the axis given by `axis` that writes.",
+    "swapped": "u and w are swapped: W . u says how much there is, and that many w are subtracted.",
     "one vector": "Before a norm u and w differ: W . u says how much there is, and that many w are subtracted.",
     "biases": "The biases write to the stream, too.",
     "head": "The unembedding was edited with the embedding: they were tied, and it only reads. Untie it first.",
@@ -1959,7 +1960,7 @@ def test_exercise_9a_erase():
         slips = {"component": W - want} | ({"transpose": known_erase(W, 1 - axis, r, r)} if shape == (6, 6) else {})
         check(got, want, f"a weight of shape {shape}, written along axis {axis},", **slips)
         check(R.erase(W, axis, u, w), known_erase(W, axis, u, w), "a weight before a norm (u and w differ)", **{
-            "one vector": known_erase(W, axis, u, u)})  # fmt: skip
+            "one vector": known_erase(W, axis, u, u), "swapped": known_erase(W, axis, w, u)})  # fmt: skip
 
 
 @exercise("9b")
@@ -2010,6 +2011,14 @@ def after_writers(model):
 
 def before_blocks(model):
     return [lambda hook, m=m: m.register_forward_pre_hook(lambda m, args: (hook(args[0]), *args[1:])) for m in R.blocks(model)]
+
+
+@contextmanager
+def untidy_ablate(model, direction):
+    handles = [attach(lambda x: known_projection(x, R.unit(direction))) for attach in after_writers(model)]
+    yield
+    for handle in handles:  # not reached where the block raises
+        handle.remove()
 
 
 def answer_add(change, late=0):
@@ -2093,6 +2102,7 @@ WRONG = [
     ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, d)), "length"),
     ("4b_ablate", "ablate", answer_ablate(before_blocks, lambda d: lambda x: known_projection(x, R.unit(d))), "inputs only"),
     ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)), leave=1), "left behind"),
+    ("4b_ablate", "ablate", untidy_ablate, "left behind"),
     ("4b_ablate", "ablate", lambda model, direction: nullcontext(), "no effect"),
     ("5_add", "add", lambda *args, coefficient: nullcontext(), "no effect"),
     ("5_add", "add", answer_add(lambda x, v: x - 0.5 * R.unit(-v)), "unit added"),
@@ -2111,6 +2121,7 @@ WRONG = [
     ("8_choose", "choose", answer_choose(from_end=False), "front"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, (W.ndim == 2) - axis if W.shape[0] == W.shape[-1] else axis, u, w), "transpose"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, u, u), "one vector"),
+    ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, w, u), "swapped"),
     ("9a_erase", "erase", lambda W, axis, u, w: changed_in_place(W.movedim(axis, -1), u).movedim(-1, axis), "in place"),
     ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("bias"), "biases"),
     ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("embed"), "embeddings"),
@@ -2184,6 +2195,7 @@ def test_classroom_the_students_file_says_what_is_next(saved_tiny, tmp_path, cap
 def test_classroom_grades_a_file_elsewhere(tmp_path):
     write_blank(tmp_path / "student.py")
     grade = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", HERE / "test_refusal.py"]
+    grade += ["-k", "not elsewhere", "--maxfail=12"]  # should more than exercises be left, it must not come back to this test
     done = subprocess.run(grade, cwd=tmp_path, env=os.environ | {"REFUSAL": "student.py"}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and f"{len(EXERCISES)} failed in" in done.stdout, done.stdout
     failed = re.findall(r"FAILED .*test_exercise_(\w+?)_", done.stdout)
