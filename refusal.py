@@ -1527,6 +1527,8 @@ def parse(argv):
     kind = args.figure and args.figure.suffix.lower()
     if args.figure and (kind not in (".png", ".svg", ".pdf") or not writable(args.figure.parent) or os.path.isdir(args.figure)):
         parser.error(f"cannot draw to {args.figure}: name a .png, .svg or .pdf in a folder that exists and can be written to.")
+    if abs(args.seed) >= 2**63:
+        parser.error("--seed must be smaller: at most 63 bits.")
     if args.model == "tiny" and args.n_val + args.n_test > 152:
         parser.error("--n-val and --n-test can be 152 together with the tiny model: it is trained on 128 of the 280 prompts.")
     args.exhaustive |= args.map

@@ -606,6 +606,7 @@ def test_the_same_command_prints_the_same_numbers(saved_tiny):
     (("--model", "{tiny}", "--harmful", "{empty}/none.txt"), 2, "No such file"),
     (("--model", "{tiny}", "--n-train", 5000), 2, "prompts of each kind are needed"),
     (("--model", "{tiny}", "--n-train", 0), 2, "at least 2"),
+    (("--model", "{tiny}", "--seed", 2**64), 2, "63 bits"),
     (("--model", "{tiny}", "--layer", 99), 2, "--layer from 0 to 5"),
     (("--model", "{tiny}", "--position", -1), 2, "needs --layer"),
     (("--model", "{tiny}", "--coefficient", "nan"), 2, "finite"),
