@@ -275,14 +275,18 @@ def out_of_memory(error):
     return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
+def context_length(model):
+    """How many tokens the model can read; infinity where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
 def forward_arguments(model, batch):
     """A tokenized batch on the model's device, with the position of every token: padding does not count.
 
     Subtle: models with learned positions (GPT-2) are silently wrong on left-padded prompts without them.
     Raises CannotDo for tokens that the model does not have, and for more of them than it can read.
     """
-    seq, config = batch["input_ids"].shape[1], model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", math.inf)
+    seq, most = batch["input_ids"].shape[1], context_length(model)
     if seq > most:
         raise CannotDo(f"a prompt of {seq} tokens is longer than this model can read ({most}): shorten it.")
     if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # unused, more tokens are no harm
@@ -331,7 +335,9 @@ def arrange(model, batch, keep=1):
         return {**batch, "use_cache": False}, torch.arange(1, rows + 1, device=model.device) * seq - 1
 
     lengths = batch["attention_mask"].sum(-1)  # (prompt,)
-    longest, same = TRIED.get(model, (0, "position_ids" in batch and not is_recurrent(model)))
+    if model not in TRIED:
+        TRIED[model] = 0, "position_ids" in batch and not is_recurrent(model)
+    longest, same = TRIED[model]
     if len(lengths) < 2 or lengths.sum() > 2048 or not same:  # the mask grows with the square of the tokens
         return padded(batch)
     if lengths.max() > longest:
@@ -1164,7 +1170,7 @@ def check_prompts(model, tokenizer, prompts, max_new_tokens):
     # Subtle: all_special_tokens are not all special tokens, and Llama 2 ends the instruction in plain text.
     control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     control += [tail] if (tail := tokenizer.decode(template_tail(tokenizer)).strip()) else []
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    room = context_length(model)
     for prompt in prompts:
         for token in control:
             if token in prompt:
