@@ -617,16 +617,10 @@ def test_mistakes_are_answered_in_one_sentence(saved_tiny, tmp_path, capsys, arg
     filled = [str(a) for a in arguments]
     for key, place in places.items():
         filled = [a.replace(key, place) for a in filled]
-    try:
-        assert R.main(filled) == status
-    except SystemExit as error:  # argparse's way
-        assert error.code == status
-    assert message in capsys.readouterr().err
+    one_sentence(capsys, status, message, *filled)
 
 
 # Trust: models and numbers ------------------------------------------------------------------------------
-
-FEW = ("--n-train", 16, "--n-val", 4, "--n-test", 4, "--layer", 2, "--coefficient", 1, "--max-new-tokens", 4)
 
 
 def one_sentence(capsys, status, message, *arguments):
@@ -722,7 +716,7 @@ CLASSIFIER = BERT | {"num_key_value_heads": 4}
 ])  # fmt: skip
 def test_a_folder_that_holds_no_chat_model(folder, capsys, damage, message):
     damage(folder)
-    one_sentence(capsys, 1, message, "--model", folder, *FEW)
+    one_sentence(capsys, 1, message, "--model", folder, *QUICK)
 
 
 def test_a_model_that_is_nowhere(monkeypatch, capsys):
@@ -747,7 +741,7 @@ def test_templates_that_cannot_be_used(toy, folder, capsys, template, message):
         for path in file:
             path.unlink()
     toy[1].save_pretrained(folder)
-    one_sentence(capsys, 1, message, "--model", folder, *FEW)
+    one_sentence(capsys, 1, message, "--model", folder, *QUICK)
 
 
 def test_tokens_that_no_prompt_has_are_no_harm(toy):
@@ -780,7 +774,7 @@ OPEN, CLOSED = "<|assistant|><think>\n", "<|assistant|><think>\n\n</think>\n\n"
 def test_thinking_is_turned_off_where_it_can_be_and_told(toy, folder, capsys, ending, said):
     toy[1].chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + ending
     toy[1].save_pretrained(folder)
-    out = one_sentence(capsys, 1, "hardly refuses", "--model", folder, *FEW)
+    out = one_sentence(capsys, 1, "hardly refuses", "--model", folder, *QUICK)
     assert [words for words in ("leave that out", "every reply begin with thinking") if words in out] == said
 
 
@@ -809,7 +803,7 @@ def test_numbers_that_make_no_sense(folder, capsys, monkeypatch, arguments, mess
     keep_all = lambda logits, tokens: logits.new_tensor([1.0, -1.0])[keep_all.calls.pop(0)].expand(len(logits))
     keep_all.calls = [0, 1]  # the toy refuses nothing: let its prompts pass the filter, harmful ones and harmless ones
     monkeypatch.setattr(R, "log_odds", keep_all)
-    one_sentence(capsys, 2, message, "--model", folder, *FEW, *arguments)
+    one_sentence(capsys, 2, message, "--model", folder, *QUICK, *arguments)
 
 
 def test_directions_that_make_no_sense(saved_tiny, tmp_path, capsys):
@@ -927,7 +921,7 @@ def test_no_memory_for_one_prompt(toy, monkeypatch, capsys):
     R.writers(toy[0])
     monkeypatch.setattr(R, "load_model", lambda *arguments: toy)
     with SmallMemory(500):
-        one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *FEW)
+        one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *QUICK)
 
 
 @pytest.mark.parametrize("kind", ["quantised", "offloaded"])
@@ -942,7 +936,7 @@ def test_weights_that_cannot_be_edited_cost_only_what_needs_them(saved_tiny, tmp
         return model, tokenizer
 
     monkeypatch.setattr(R, "load_model", loaded)
-    out = one_sentence(capsys, 1, "quantised or offloaded weights", "--model", saved_tiny, *FEW, "--save", tmp_path / "out")
+    out = one_sentence(capsys, 1, "quantised or offloaded weights", "--model", saved_tiny, *QUICK, "--save", tmp_path / "out")
     assert "direction ablated" in out and "6 replies" in out and not (tmp_path / "out").exists()
 
 
@@ -954,7 +948,7 @@ def test_models_that_are_no_decoders_with_weights(toy):
 
 def test_the_width_of_the_stream_is_printed_and_not_the_embeddings(toy, folder, capsys):
     replace("OPTForCausalLM", "OPTConfig", hidden_size=48, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4)(folder)
-    assert "3 layers, d_model 48" in one_sentence(capsys, 1, "hardly refuses", "--model", folder, *FEW)
+    assert "3 layers, d_model 48" in one_sentence(capsys, 1, "hardly refuses", "--model", folder, *QUICK)
 
 
 def test_a_prompt_longer_than_the_context(toy):
@@ -977,8 +971,6 @@ def test_selection_never_sees_test_prompts(tiny, data, found):
 def many(change=lambda line: line, more=()):
     """harmful.txt with every line changed, and lines added, as bytes."""
     return "\n".join([*map(change, R.load_prompts(HERE / "prompts" / "harmful.txt")), *more]).encode()
-
-
 
 
 @pytest.mark.parametrize("content, status, message", [
@@ -1141,6 +1133,17 @@ def test_ctrl_c_ends_in_one_word(saved_tiny, tmp_path, at):
     assert not list(tmp_path.iterdir())
 
 
+@contextmanager
+def small_disk(limit):
+    """While the block runs no file may grow beyond `limit` bytes: the write fails, as on a full disk."""
+    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+
+
 @pytest.mark.parametrize("limit", [100, 25_000, 57_000, 100_000])  # ends in the config, the weights, the tokenizer, the numbers
 def test_a_full_disk_while_saving(toy, tmp_path, capsys, limit):  # capsys: what is printed meanwhile stays in memory
     _, tokenizer = toy
@@ -1148,13 +1151,8 @@ def test_a_full_disk_while_saving(toy, tmp_path, capsys, limit):  # capsys: what
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
     work = lambda: R.save(model, tokenizer, SimpleNamespace(vector=torch.ones(8)), {"many": [0] * 40_000}, tmp_path / "out")
-    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))  # no file may grow beyond: the write fails, as on a full disk
-        with pytest.raises(R.CannotDo, match="could not save to .*File too large.*untouched"):
-            work()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+    with small_disk(limit), pytest.raises(R.CannotDo, match="could not save to .*File too large.*untouched"):
+        work()
     assert not list(tmp_path.iterdir())
     work()
     assert sorted(path.stat().st_size > limit for path in (tmp_path / "out").iterdir())[-1], "this limit is none"
@@ -1214,13 +1212,8 @@ def test_a_figure_that_fails_leaves_the_last_one(tmp_path):
     path, picture = tmp_path / "x.svg", (None, ["a"], CHOSEN, traces(5), traces(5, 0.0))
     R.figure(path, *picture)
     before = path.read_bytes()
-    now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, most))
-        with pytest.raises(R.CannotDo, match="could not draw"):
-            R.figure(path, *picture)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (now, most))
+    with small_disk(len(before) // 2), pytest.raises(R.CannotDo, match="could not draw"):
+        R.figure(path, *picture)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -1778,6 +1771,19 @@ def known_erase(W, axis, u, w):
     return W - torch.tensordot(W, u, dims=([axis], [0])).unsqueeze(axis) * w.view([-1 if a == axis else 1 for a in range(W.ndim)])
 
 
+@torch.no_grad()
+def edit_by_hand(model, r, forget="nothing", untie=True):
+    """Orthogonalize a Llama, module by module; returns the names of the edited parameters.  forget, untie: usual mistakes."""
+    if untie:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    edited = []
+    for name, p in model.named_parameters():
+        if re.search(r"(embed_tokens|o_proj|down_proj)\.", name) and not re.search(forget, name):
+            p.copy_(known_erase(p, int("embed" in name), r, r))
+            edited.append(name)
+    return edited
+
+
 def exercise(number):
     """Make a grader a test: with oracles in place of the other exercises' functions, and a blank told in one line."""
 
@@ -1966,30 +1972,27 @@ def test_exercise_9a_erase():
 
 @exercise("9b")
 def test_exercise_9b_orthogonalize():
-
-    def edited(wrong):
-        """The model, edited by hand; wrong: what is forgotten."""
+    def fresh():
         model, tokenizer = small_model(8.0, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name.endswith(("bias", "norm.weight")):  # the final norm's gain turns some of the head's r onto other axes
                     p.normal_(generator=torch.Generator().manual_seed(len(name)))
-            if wrong == "plain":
-                return model, tokenizer
-            if wrong != "head":
-                model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-            for name, p in model.named_parameters():
-                writes = re.search(r"(embed_tokens|o_proj|down_proj)\.(weight|bias)$", name)
-                if writes and not (wrong == "biases" and writes[2] == "bias") and not (wrong == "embeddings" and "embed" in name):
-                    p.copy_(known_erase(p, int("embed" in name), r, r))
         return model, tokenizer
 
+    def known(**mistake):
+        model, tokenizer = fresh()
+        names = edit_by_hand(model, r, **mistake)
+        return logits_of(model, tokenizer), names
+
     r = R.unit(torch.randn(32, generator=torch.Generator().manual_seed(7)))
-    model, tokenizer = edited("plain")
+    model, tokenizer = fresh()
     names = R.orthogonalize(model, 3 * r)
-    wrongs = {wrong: logits_of(*edited(wrong)) for wrong in ("biases", "embeddings", "head")}
-    check(logits_of(model, tokenizer), logits_of(*edited(None)), "the edited model's logits", **wrongs)
-    if sorted(names or []) != sorted(n for n, _ in model.named_parameters() if re.search(r"(embed_tokens|o_proj|down_proj)\.", n)):
+    mistakes = {"biases": {"forget": "bias"}, "embeddings": {"forget": "embed"}, "head": {"untie": False}}
+    want, writing = known()
+    slips = {name: known(**mistake)[0] for name, mistake in mistakes.items()}
+    check(logits_of(model, tokenizer), want, "the edited model's logits", **slips)
+    if sorted(names or []) != sorted(writing):
         pytest.fail(f"return the names of the edited parameters, and not {names}", pytrace=False)
 
 
@@ -2032,7 +2035,7 @@ def answer_add(change, late=0):
     return add
 
 
-def answer_means(finish, layer=0, one_by_one=False):
+def answer_means(finish, layer=0):
     def mean_activations(model, tokenizer, prompts, batch_size=32):
         sums = []
         prompts = sorted(prompts, key=len, reverse=True)
@@ -2053,19 +2056,8 @@ def answer_tail(prompts, finish=lambda tail: tail, **options):
     return template_tail
 
 
-def answer_orthogonalize(forget, untie=True):
-    def orthogonalize(model, direction):
-        r, edited = R.unit(direction), []
-        if untie:
-            model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if re.search(r"(embed_tokens|o_proj|down_proj)\.", name) and not re.search(forget, name):
-                    p.copy_(known_erase(p, int("embed" in name), r, r))
-                    edited.append(name)
-        return edited
-
-    return orthogonalize
+def answer_orthogonalize(**mistake):
+    return lambda model, direction: edit_by_hand(model, R.unit(direction), **mistake)
 
 
 def answer_choose(kl_max=0.1, late=0.8, induce_min=0.0, relax=True, from_end=True):
@@ -2080,7 +2072,7 @@ def answer_choose(kl_max=0.1, late=0.8, induce_min=0.0, relax=True, from_end=Tru
     return choose
 
 
-def changed_in_place(x, r, *rest):
+def changed_in_place(x, r):
     x -= (x @ r)[..., None] * r
     return x
 
@@ -2124,9 +2116,9 @@ WRONG = [
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, u, u), "one vector"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, w, u), "swapped"),
     ("9a_erase", "erase", lambda W, axis, u, w: changed_in_place(W.movedim(axis, -1), u).movedim(-1, axis), "in place"),
-    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("bias"), "biases"),
-    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("embed"), "embeddings"),
-    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("nothing", untie=False), "head"),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize(forget="bias"), "biases"),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize(forget="embed"), "embeddings"),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize(untie=False), "head"),
 ]  # fmt: skip
 
 
@@ -2143,7 +2135,7 @@ RIGHT = [
     ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0))),
     ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)))),
     ("8_choose", "choose", answer_choose()),
-    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize("nothing")),
+    ("9b_orthogonalize", "orthogonalize", answer_orthogonalize()),
 ]
 
 
