@@ -824,7 +824,8 @@ def choose(scores):
     (-1, 2)
     """
     n_positions, n_layers = scores["bypass"].shape
-    intact = (scores["kl"] <= KL_MAX) & (torch.arange(n_layers) < int(LATE * n_layers))  # (position, layer)
+    measured, early = ~scores["bypass"].isnan(), torch.arange(n_layers) < int(LATE * n_layers)
+    intact = measured & early & (scores["kl"] <= KL_MAX)  # (position, layer)
     for passing in (intact & (scores["induce"] >= INDUCE_MIN), intact):
         if passing.any():
             i, layer = divmod(scores["bypass"].where(passing, math.inf).argmin().item(), n_layers)

@@ -1418,6 +1418,13 @@ def test_an_exhaustive_search_says_where_an_early_stop_would_have_ended(search):
         assert whole.early == (early.position, early.layer) == early.early
 
 
+def test_what_was_not_measured_is_not_chosen():
+    """Not even where the filters pass: argmin takes NaN for the least of all."""
+    known, nan = torch.zeros(1, 5), math.nan
+    assert R.choose({"bypass": torch.tensor([[nan, -1, -2, nan, -3]]), "kl": known, "induce": known}) == (-1, 2)
+    assert R.choose({"bypass": known * nan, "kl": known, "induce": known}) is None
+
+
 def test_without_a_candidate_that_induces_the_filter_is_relaxed_and_says_so(search, monkeypatch):
     monkeypatch.setattr(R, "INDUCE_MIN", 1e6)
     bypass, kl, induce, _ = search.oracle
