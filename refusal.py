@@ -88,18 +88,14 @@ def load_model(name, device="auto", dtype="auto", seed=0):
     Weights come from safetensors and no code from the hub is ever run.
     Raises BadUse for a name that is nothing, CannotDo for a model that cannot be used.
     """
+    spread = device == "auto" and torch.cuda.is_available() and importlib.util.find_spec("accelerate") is not None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        spread = device == "cuda" and importlib.util.find_spec("accelerate") is not None
-    else:
-        spread = False
     dtype = getattr(torch, dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16")
     try:
         (torch.ones(1, 1, device=device, dtype=dtype) @ torch.ones(1, 1, device=device, dtype=dtype)).item()
     except (RuntimeError, AssertionError, TypeError):
-        raise BadUse(
-            f"this machine has no device {device!r} that computes in {str(dtype)[6:]}: leave out --device and --dtype."
-        ) from None
+        raise BadUse(f"no device {device!r} here computes in {str(dtype)[6:]}: leave out --device and --dtype.") from None
     if name == "tiny":
         model, tokenizer = train_tiny_model(seed)
         return model.to(device, dtype), tokenizer
@@ -127,20 +123,15 @@ def load_model(name, device="auto", dtype="auto", seed=0):
             f"{name} cannot be used ({type(error).__name__}: {visible(str(error), 200)}): name a causal language model with its chat "
             "tokenizer, weights as safetensors, and no code of its own."
         ) from None
-    if report["missing_keys"]:
-        some = min(report["missing_keys"])
-        raise CannotDo(
-            f"{name} lacks {len(report['missing_keys'])} of its weights, such as {some}: it is no causal model, or broken."
-        )
+    if lacks := report["missing_keys"]:
+        raise CannotDo(f"{name} lacks {len(lacks)} of its weights, such as {min(lacks)}: it is no causal model, or broken.")
     return model.eval().requires_grad_(False), tokenizer
 
 
 def blocks(model):
     """The decoder blocks, in order: the first list of modules that has one entry a layer."""
     if model.config.is_encoder_decoder or model.device.type == "meta":
-        raise CannotDo(
-            f"{type(model).__name__} is no decoder, or its weights are not loaded: a decoder with its weights is needed."
-        )
+        raise CannotDo(f"{type(model).__name__} is no decoder, or its weights are not loaded: both are needed.")
     config = model.config.get_text_config(decoder=True)
     depths = config.num_hidden_layers, getattr(config, "num_layers", None)  # LongCat counts two layers a block
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
@@ -346,7 +337,9 @@ def arrange(model, batch, keep=1):
             with torch.no_grad():
                 a, b = (first_logits(model, *way).float() for way in (padded(two), pack(model, two)))
             same = bool((a - b).norm() <= max(1e-4, 3 * torch.finfo(model.dtype).eps) * a.norm())
-        except Exception:  # whatever a model makes of a mask that it does not expect
+        except Exception as error:  # whatever a model makes of a mask that it does not expect
+            if out_of_memory(error):
+                raise
             same = False
         TRIED[model] = lengths.max().item(), same
     return pack(model, batch, keep) if same else padded(batch)
@@ -449,9 +442,7 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 def check_finite(tensor, what):
     """The tensor, or CannotDo if it holds NaN or infinity: a half-broken model must not go on to give numbers."""
     if not torch.isfinite(tensor).all():
-        raise CannotDo(
-            f"the {what} hold NaN or infinity: this dtype overflows on this model (try --dtype float32), or its weights are broken."
-        )
+        raise CannotDo(f"the {what} hold NaN or infinity: the weights are broken, or overflow in this dtype (try --dtype float32).")
     return tensor
 
 
@@ -563,9 +554,7 @@ def trace_writers(model):
     with hooked(handles), reading(model, lambda layer, x: stream.append(x)):
         model.base_model(probe_tokens(model), use_cache=False)
     if len(stream) != len(stack) + 1 or any(getattr(x, "grad_fn", None) is None for x in stream):
-        raise CannotDo(
-            f"{type(model).__name__} does not pass one stream through its blocks, each once: there is nothing to ablate."
-        )
+        raise CannotDo(f"{type(model).__name__} does not pass one stream once through its blocks: there is nothing to ablate.")
     writes = [(0, node) for node in summands(stream[0].grad_fn, None, made)]
     for layer in range(1, len(stream)):
         start, parts = stream[layer - 1].grad_fn, []
@@ -574,15 +563,12 @@ def trace_writers(model):
             parts += [part for part in sums if STREAM in sums and part in made]
         parts += summands(stream[layer].grad_fn, start, made)
         if STREAM not in parts:
-            raise CannotDo(
-                f"block {layer - 1} of {type(model).__name__} does not add to the residual stream: there is nothing to ablate."
-            )
+            raise CannotDo(f"block {layer - 1} of {type(model).__name__} does not add to the stream: there is nothing to ablate.")
         writes += [(layer, node) for node in dict.fromkeys(parts) if node is not STREAM]
     for layer, node in writes:
         if node not in made:
-            raise CannotDo(
-                f"block {max(layer - 1, 0)} of {type(model).__name__} adds something to the stream that no module wrote ({node.name()})."
-            )
+            where = f"block {max(layer - 1, 0)} of {type(model).__name__}"
+            raise CannotDo(f"{where} adds something to the stream that no module wrote ({node.name()}): it cannot be ablated.")
     return made, writes
 
 
@@ -708,10 +694,8 @@ def check_erased(model, r):
         chance = torch.hypot((x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5)  # (batch, seq); the second: r may be an axis
         left = ((x @ along).abs() / chance.clamp_min(1e-30)).mean().item()
         if not left < tolerance:
-            where = "the embeddings" if layer == 0 else f"block {layer - 1}"
-            raise CannotDo(
-                f"the direction is still written to the stream by {where} of {type(model).__name__} ({left:.1e} of chance): not ablated."
-            )
+            where = f"{'the embeddings' if layer == 0 else f'block {layer - 1}'} of {type(model).__name__}"
+            raise CannotDo(f"the direction is still written to the stream by {where} ({left:.1e} of chance): not ablated.")
 
     with reading(model, see):
         model.base_model(probe_tokens(model), use_cache=False)
@@ -915,9 +899,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
             if not exhaustive:
                 break
     if best is None:
-        raise CannotDo(
-            f"no direction leaves the model intact (KL <= {KL_MAX}) when it is ablated: choose one by hand with --position and --layer."
-        )
+        raise CannotDo(f"no direction leaves the model intact when ablated (KL <= {KL_MAX}): give one with --position and --layer.")
     return SimpleNamespace(
         position=best[0], layer=best[1], vector=directions[best].float(), scores=scores, base_bypass=base_bypass,
         **{name: scores[name][best].item() for name in ("bypass", "kl", "induce")},
@@ -968,18 +950,14 @@ def orthogonalize(model, direction):
     """
     r = check_direction(model, direction)
     if getattr(model, "is_quantized", False) or any(p.is_meta for p in model.parameters()):
-        raise CannotDo(
-            "quantised or offloaded weights cannot be edited: load the model unquantised and whole, or use ablate(), which works on any."
-        )
+        raise CannotDo("quantised or offloaded weights cannot be edited: load the model unquantised and whole, or use ablate().")
     untie(model)
     names, edits = {module: name for name, module in model.named_modules()}, {}
     with differentiable(model):
         made, writes = trace_writers(model)
         for layer, node in writes:
             if not any(edits[name][0].ndim > 1 for name in plan_edits(node, r, r, made, names, edits)):
-                raise CannotDo(
-                    f"{names[made[node][0]]} writes to the stream and none of its weights can be edited: use ablate() instead."
-                )
+                raise CannotDo(f"{names[made[node][0]]} writes to the stream by no weight that can be edited: use ablate() instead.")
     for parameter, axis, u, w in edits.values():
         parameter.copy_(erase(parameter.float(), axis, u.to(parameter.device), w.to(parameter.device)))
     check_erased(model, r)
@@ -1178,10 +1156,8 @@ def check_prompts(model, tokenizer, prompts, max_new_tokens):
                 raise BadUse(f"the prompt {visible(prompt, 60)!r} contains the model's control token {token}: take it out.")
         size = tokenize(tokenizer, [prompt])["input_ids"].shape[1] + max_new_tokens
         if size > room:
-            raise BadUse(
-                f"the prompt {visible(prompt, 60)!r} and a reply may take {size} tokens and this model can read {room}: "
-                "shorten it, or lower --max-new-tokens."
-            )
+            long = f"the prompt {visible(prompt, 60)!r} and a reply may take {size} tokens and this model can read {room}"
+            raise BadUse(f"{long}: shorten it, or lower --max-new-tokens.")
 
 
 def prepare(model, tokenizer, args):
@@ -1225,6 +1201,9 @@ def find_direction(model, tokenizer, data, args):
     """Stages 3 and 4: means, differences, selection, and the direction as a detector."""
     if args.direction:
         return load_direction(model, tokenizer, args.direction)
+    if args.layer is not None:
+        position = -1 if args.position is None else args.position
+        check_place(model, tokenizer, position, args.layer)
     means = [mean_activations(model, tokenizer, data[kind].train, args.batch_size) for kind in ("harmful", "harmless")]
     directions = refusal_directions(*means)
     sizes = directions.norm(dim=-1) / means[1].norm(dim=-1).clamp(min=1e-9)  # (position, layer)
@@ -1232,9 +1211,6 @@ def find_direction(model, tokenizer, data, args):
     say("3 directions", f"{n_positions} positions x {n_layers} layers = {n_positions * n_layers} candidates; at position -1,\n"
         f"|difference| / |harmless mean| by layer: {' '.join(f'{x:.2f}' for x in sizes[-1])}")  # fmt: skip
     if args.layer is not None:
-        position = -1 if args.position is None else args.position
-        if not (-n_positions <= position < 0 and 0 <= args.layer < n_layers):
-            raise BadUse(f"--position goes from {-n_positions} to -1 and --layer from 0 to {n_layers - 1} on this model.")
         if sizes[position, args.layer] < 1e-6:
             raise BadUse(f"harmful and harmless prompts do not differ at position {position}, layer {args.layer}: take a later one.")
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
@@ -1258,6 +1234,13 @@ def find_direction(model, tokenizer, data, args):
     return chosen
 
 
+def check_place(model, tokenizer, position, layer):
+    """BadUse for a position or a layer that the model does not have."""
+    first, last = -len(template_tail(tokenizer)), len(blocks(model)) - 1
+    if not (first <= position < 0 and 0 <= layer <= last):
+        raise BadUse(f"there is no position {position}, layer {layer}: this model has positions {first} to -1 and layers 0 to {last}.")
+
+
 def load_direction(model, tokenizer, path):
     """The direction that --save wrote, with the position and layer that it is from, checked against this model."""
     try:
@@ -1269,11 +1252,7 @@ def load_direction(model, tokenizer, path):
             raise BadUse(f"there is no file {path}: name a direction.safetensors that --save wrote.") from None
         raise BadUse(f"{path} is not a direction that --save wrote ({visible(str(error), 100)}).") from None
     check_direction(model, vector)
-    n_positions, n_layers = len(template_tail(tokenizer)), len(blocks(model))
-    if not (-n_positions <= position < 0 and 0 <= layer < n_layers):
-        raise BadUse(
-            f"{path} is from position {position}, layer {layer}: this model has {n_positions} positions and {n_layers} layers."
-        )
+    check_place(model, tokenizer, position, layer)
     say("3 directions", "skipped")
     say("4 selection", f"skipped: {path}, position {position}, layer {layer}, found on {notes.get('model', 'an unnamed model')}")
     return SimpleNamespace(position=position, layer=layer, vector=vector, relaxed=None, scores=None)
@@ -1476,9 +1455,8 @@ def save(model, tokenizer, chosen, results, target):
     except CannotDo:
         raise
     except Exception as error:  # a full disk has three names: OSError, SafetensorError, and tokenizers says Exception
-        raise CannotDo(
-            f"could not save to {target}: {getattr(error, 'strerror', None) or error}; what was there before is untouched."
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise CannotDo(f"could not save to {target}: {why}; what was there before is untouched.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
