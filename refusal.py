@@ -13,11 +13,13 @@ its capability benchmarks, and its analysis of adversarial suffixes.
 
 Dimensions, used on every line that changes a shape:
 
-    batch      prompts side by side            layer     blocks of the model, 0 .. n_layers-1
-    seq        tokens of a padded prompt       position  tokens after the instruction, -n .. -1
-    d_model    width of the residual stream    vocab     possible next tokens
+    prompt     prompts of a list               layer      blocks of the model, 0 .. n_layers-1
+    batch      prompts side by side            position   tokens after the instruction, -n .. -1
+    seq        tokens of a padded prompt       candidate  position x layer
+    d_model    width of the residual stream    vocab      possible next tokens
 
-`resid[layer]` is always the residual stream *entering* block `layer`: the paper's x^(l).
+`layer` always means the stream *entering* block `layer`, the paper's x^(l); where there are n_layers + 1 of them, the
+last is what leaves the last block.
 """
 
 # %% Imports and constants -------------------------------------------------------------------------
@@ -38,7 +40,7 @@ import textwrap
 import time
 import unicodedata
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +79,7 @@ class CannotDo(RuntimeError):
 #
 # Any chat model will do, as long as it is a decoder: a stack of blocks, each of which reads the
 # residual stream and adds something to it.  We only ever read activations and edit weights by hand,
-# so gradients are off until section 7 asks for some.
+# so gradients are off, except where sections 5, 7 and 8 switch them on for a moment.
 
 
 def load_model(name, device="auto", dtype="auto", seed=0):
@@ -120,8 +122,8 @@ def load_model(name, device="auto", dtype="auto", seed=0):
         raise
     except Exception as error:  # files that are missing, broken, gated, too big: every library below has its own exceptions
         raise CannotDo(
-            f"{name} cannot be used ({type(error).__name__}: {visible(str(error), 200)}): name a causal language model with its chat "
-            "tokenizer, weights as safetensors, and no code of its own."
+            f"{name} cannot be used ({type(error).__name__}: {visible(str(error), 200)}): name a causal language model with "
+            "its chat tokenizer, weights as safetensors, and no code of its own."
         ) from None
     if lacks := report["missing_keys"]:
         raise CannotDo(f"{name} lacks {len(lacks)} of its weights, such as {min(lacks)}: it is no causal model, or broken.")
@@ -166,7 +168,7 @@ def load_prompts(path):
     lines = text.split("\n")  # subtle: splitlines() would end a line at a form feed, too
     for number, line in enumerate(lines, 1):
         if len(line) > LONGEST_PROMPT:
-            raise BadUse(f"line {number} of {path} has {len(line)} characters: {LONGEST_PROMPT} are the most for one instruction.")
+            raise BadUse(f"line {number} of {path} has {len(line)} characters: an instruction may have {LONGEST_PROMPT}.")
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise BadUse(f"{path} holds no instruction: write one a line.")
@@ -188,7 +190,7 @@ def split(prompts, n_train, n_val, n_test):
     """
     need = n_train + n_val + n_test
     if len(prompts) < need:
-        raise BadUse(f"{need} prompts of each kind are needed and there are {len(prompts)}: lower --n-train, --n-val or --n-test.")
+        raise BadUse(f"{need} prompts of each kind are needed, not {len(prompts)}: lower --n-train, --n-val or --n-test.")
     order = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: i * GOLDEN % 1)]
     front, back = order[:n_train], order[len(order) - n_val - n_test :]
     return front, back[:n_val], back[n_val:]
@@ -219,11 +221,7 @@ def template_tail(tokenizer):
     ['\u010a', '<|assistant|>']
     """
     chats = [tokenize(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in ("Say yes", "Why? 1", "Count to (ten)!")]
-    tail = []
-    for tokens in zip(*(reversed(chat) for chat in chats)):
-        if len(set(tokens)) > 1:
-            break
-        tail.insert(0, tokens[0])
+    tail = os.path.commonprefix([chat[::-1] for chat in chats])[::-1]  # of any lists, not only of paths
     if not 0 < len(tail) < min(map(len, chats)):
         fault = "adds nothing after the instruction" if not tail else "leaves out the instruction"
         raise CannotDo(f"the chat template {fault}, so there is no position to read the refusal from.")
@@ -231,15 +229,15 @@ def template_tail(tokenizer):
 
 
 def run_batches(step, model, tokenizer, prompts, batch_size=32, desc=None):
-    """step(batch) on all prompts, see in_batches; step takes the keyword arguments of a forward pass, (batch, seq)."""
-    read = lambda some: step(forward_arguments(model, tokenize(tokenizer, some)))
-    return in_batches(read, prompts, batch_size, desc)
+    """step(batch) on all prompts, see in_batches; batch is a dict, the arguments of a forward pass, (batch, seq) each."""
+    return in_batches(lambda some: step(forward_arguments(model, tokenize(tokenizer, some))), prompts, batch_size, desc)
 
 
 def in_batches(step, items, batch_size, desc=None, size=len):
     """step(some of the items), batch by batch, similar sizes together; its results, one an item, in the order of the items.
 
-    When memory runs out, the batch is halved and tried again, down to one item: what step adds up, it must add up at its end.
+    When memory runs out, the batch is halved and tried again, down to one item: a step that keeps a running total must add to
+    it last.
     """
     order = sorted(range(len(items)), key=lambda i: -size(items[i]))  # similar lengths: little padding; the longest first
     results, start = [None] * len(items), 0
@@ -280,7 +278,7 @@ def forward_arguments(model, batch):
     seq, most = batch["input_ids"].shape[1], context_length(model)
     if seq > most:
         raise CannotDo(f"a prompt of {seq} tokens is longer than this model can read ({most}): shorten it.")
-    if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # unused, more tokens are no harm
+    if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:  # tokens that no prompt uses are no harm
         raise CannotDo("the tokenizer gives tokens that the model has no embedding for: they do not belong together.")
     arguments = {"input_ids": batch["input_ids"].to(model.device), "attention_mask": batch["attention_mask"].to(model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -327,7 +325,8 @@ def arrange(model, batch, keep=1):
 
     lengths = batch["attention_mask"].sum(-1)  # (prompt,)
     if model not in TRIED:
-        TRIED[model] = 0, "position_ids" in batch and not is_recurrent(model)
+        memory = {type(layer) for layer in DynamicCache(config=model.config).layers}  # a recurrent model's are of other types
+        TRIED[model] = 0, "position_ids" in batch and memory <= {DynamicLayer, DynamicSlidingWindowLayer}
     longest, same = TRIED[model]
     if len(lengths) < 2 or lengths.sum() > 2048 or not same:  # the mask grows with the square of the tokens
         return padded(batch)
@@ -345,18 +344,12 @@ def arrange(model, batch, keep=1):
     return pack(model, batch, keep) if same else padded(batch)
 
 
-def is_recurrent(model):
-    """Does the model remember anything but the keys and values of its tokens?"""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
 def first_logits(model, arguments, last):
     """The logits at every prompt's last token: (prompt, vocab).
 
     Subtle: asking for these positions alone keeps (batch, seq, vocab) out of memory: gigabytes.
     """
-    packed = len(arguments["input_ids"]) == 1
+    packed = len(last) > len(arguments["input_ids"])
     return model(**arguments, logits_to_keep=last if packed else 1).logits.flatten(0, 1)  # (1, prompt, vocab), (prompt, 1, vocab)
 
 
@@ -379,14 +372,11 @@ def replace_first(output, tensor):
 
 @contextmanager
 def hooked(handles):
-    """Hooks in while the block runs, hooks out afterwards, whatever happened.  handles: a generator that puts them in."""
-    there = []
-    try:
-        there.extend(handles)
+    """Hooks in at the start of a `with` statement, out at its end, whatever happened.  handles: a generator that puts them in."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)  # leaving a handle removes its hook
         yield
-    finally:
-        for handle in there:
-            handle.remove()
 
 
 @contextmanager
@@ -396,11 +386,16 @@ def reading(model, see):
     """
 
     def enters(layer):
-        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs.get("hidden_states"))
+        def hook(module, args, kwargs):  # returns nothing, whatever see returns: a hook's result would replace the stream
+            see(layer, args[0] if args else kwargs.get("hidden_states"))
+
+        return hook
+
+    def leaves(module, args, output):
+        see(len(stack), first(output))
 
     stack = blocks(model)
     handles = (block.register_forward_pre_hook(enters(layer), with_kwargs=True) for layer, block in enumerate(stack))
-    leaves = lambda module, args, output: see(len(stack), first(output))
     with hooked(handles), hooked([stack[-1].register_forward_hook(leaves)]):
         yield
 
@@ -411,28 +406,27 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 
         mean[i, l] = 1/|prompts| * sum over prompts of x_i^(l)      i: position in the template's tail
 
-    x_i^(l) is the stream that enters block l, see `reading`; the mean is over prompts, whatever the batches.  The LM head is never
-    run (a quarter of the work in a small model), and only sums are kept.  Raises CannotDo if activations are not finite.
+    x_i^(l) is the stream that enters block l, see `reading`; the mean is over prompts, whatever the batches.  The LM head is
+    never run (a quarter of the work in a small model), and only sums are kept.  `run_batches` calls a step on every batch,
+    `arrange` says where each prompt ends, whatever the padding.  Raises CannotDo if activations are not finite.
 
     >>> mean_activations(model, tokenizer, ["Hi", "Why?"]).shape  # a toy: 2 positions, 3 layers, d_model 4
     torch.Size([2, 3, 4])
     """
-    n_positions, n_layers = len(template_tail(tokenizer)), len(blocks(model))
-    total = 0
+    n_positions, total = len(template_tail(tokenizer)), 0
 
     def step(batch):
         nonlocal total
-        sums = [None] * (n_layers + 1)
+        sums, (arguments, last) = [], arrange(model, batch, keep=n_positions)
+        tail = last[:, None] + torch.arange(1 - n_positions, 1, device=model.device)  # (prompt, position)
 
         def see(layer, stream):
-            x = stream.flatten(0, 1)[tail]  # (batch, seq, d_model) -> (prompt, position, d_model)
-            sums[layer] = x.cpu().double().sum(0)  # (position, d_model)
+            x = stream.flatten(0, 1)[tail.to(stream.device)]  # (batch, seq, d_model) -> (prompt, position, d_model)
+            sums.append(x.cpu().double().sum(0))  # (position, d_model)
 
-        arguments, last = arrange(model, batch, keep=n_positions)
-        tail = last[:, None] + torch.arange(1 - n_positions, 1, device=model.device)  # (prompt, position)
         with reading(model, see):
             model.base_model(**arguments)
-        total = total + torch.stack(sums[:n_layers], dim=1)  # (position, layer, d_model)
+        total = total + torch.stack(sums[:-1], dim=1)  # (position, layer, d_model), without what leaves the last block
         return [None] * len(last)
 
     run_batches(step, model, tokenizer, prompts, batch_size, "mean activations")
@@ -442,7 +436,7 @@ def mean_activations(model, tokenizer, prompts, batch_size=32):
 def check_finite(tensor, what):
     """The tensor, or CannotDo if it holds NaN or infinity: a half-broken model must not go on to give numbers."""
     if not torch.isfinite(tensor).all():
-        raise CannotDo(f"the {what} hold NaN or infinity: the weights are broken, or overflow in this dtype (try --dtype float32).")
+        raise CannotDo(f"the {what} hold NaN or infinity: broken weights, or a dtype that overflows (try --dtype float32).")
     return tensor
 
 
@@ -464,15 +458,15 @@ def refusal_directions(harmful_mean, harmless_mean):
 
 
 def unit(vector):
-    """vector / |vector|, in float32.  Raises BadUse for a vector that has no direction (zero, NaN or infinite).
+    """vector / |vector|, in float32 on the CPU.  Raises BadUse for a vector that has no direction (zero, NaN or infinite).
 
     >>> unit(torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
     """
-    norm = vector.double().norm()
-    if not (0 < norm < math.inf):
+    vector = vector.cpu().double()  # there is no float64 on MPS
+    if not (0 < vector.norm() < math.inf):
         raise BadUse("this vector has no direction: its length is zero or not a number.")
-    return (vector.double() / norm).float()
+    return (vector / vector.norm()).float()
 
 
 @torch.no_grad()
@@ -486,7 +480,7 @@ def projections(model, tokenizer, prompts, direction, position=-1, batch_size=32
     def step(batch):
         seen, (arguments, last) = [], arrange(model, batch, keep=-position)
         at = last + position + 1  # (prompt,)
-        with reading(model, lambda layer, stream: seen.append(stream.flatten(0, 1)[at].float().cpu() @ r.cpu())):
+        with reading(model, lambda layer, x: seen.append(x.flatten(0, 1)[at.to(x.device)].float().cpu() @ r)):
             model.base_model(**arguments)
         return torch.stack(seen, dim=1)  # layer * (batch,) -> (batch, layer)
 
@@ -499,8 +493,7 @@ def auroc(positive, negative):
     >>> auroc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
     0.875
     """
-    difference = positive[:, None] - negative[None, :]  # (positive, negative)
-    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
+    return (1 + (positive[:, None] - negative).sign().double().mean().item()) / 2  # (positive, negative) -> ()
 
 
 # %% 5. Ablation and addition -----------------------------------------------------------------------
@@ -518,7 +511,7 @@ def auroc(positive, negative):
 
 @contextmanager
 def differentiable(model):
-    """Let autograd record what the parameters do, while the block runs."""
+    """Inside the `with` statement, let autograd record what the parameters do."""
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         for p in frozen:
@@ -537,7 +530,7 @@ def probe_tokens(model):
 
 
 def trace_writers(model):
-    """Find the writers.  Returns (made, writes): made[node] = (module, input, output) for every module, by the autograd
+    """Find the writers.  Returns (made, writes): made[node] = (module, arguments, output) for every module, by the autograd
     node of its output; writes = [(layer, node)], the nodes that are added to the stream on its way into block `layer`.
     """
     made, stream, reads = {}, [], []
@@ -557,14 +550,14 @@ def trace_writers(model):
         raise CannotDo(f"{type(model).__name__} does not pass one stream once through its blocks: there is nothing to ablate.")
     writes = [(0, node) for node in summands(stream[0].grad_fn, None, made)]
     for layer in range(1, len(stream)):
-        start, parts = stream[layer - 1].grad_fn, []
-        for x in (x for block, x in reads if block == layer):  # an MLP reads stream + attention: so, too, is that found which
-            sums = summands(x.grad_fn, start, made)  # a block adds to what it reads and not to what it passes on (Zamba)
-            parts += [part for part in sums if STREAM in sums and part in made]
-        parts += summands(stream[layer].grad_fn, start, made)
-        if STREAM not in parts:
+        start = stream[layer - 1].grad_fn
+        own = summands(stream[layer].grad_fn, start, made)
+        # what a sublayer reads may be such a sum, too: Zamba's blocks add to what they read, not to what they pass on
+        read = [summands(x.grad_fn, start, made) for at, x in reads if at == layer]
+        parts = [part for sums in read if start in sums for part in sums if part in made] + own
+        if start not in own:
             raise CannotDo(f"block {layer - 1} of {type(model).__name__} does not add to the stream: there is nothing to ablate.")
-        writes += [(layer, node) for node in dict.fromkeys(parts) if node is not STREAM]
+        writes += [(layer, node) for node in dict.fromkeys(parts) if node is not start]
     for layer, node in writes:
         if node not in made:
             where = f"block {max(layer - 1, 0)} of {type(model).__name__}"
@@ -572,18 +565,14 @@ def trace_writers(model):
     return made, writes
 
 
-STREAM = "stream"
-
-
 def summands(node, start, made):
-    """What was added up to make the tensor of this autograd node: nodes of module outputs, and STREAM for the node `start`."""
-    if node is start:
-        return [STREAM]
+    """What was added up to make the tensor of this autograd node: nodes of module outputs, and `start`, the stream before."""
     inputs = [parent for parent, _ in node.next_functions if parent is not None]
+    thin = len(inputs) == 1 and node not in made  # a cast, a reshape, a scale
     parts = []
-    if node.name().startswith("AddBackward") or len(inputs) == 1 and node not in made:  # one input: a cast, a reshape, a scale
+    if node is not start and (node.name().startswith("AddBackward") or thin):
         parts = [part for parent in inputs for part in summands(parent, start, made)]
-    if STREAM in parts or (parts and node not in made):
+    if start in parts or (parts and node not in made):
         return parts
     return [node]
 
@@ -603,7 +592,7 @@ def writers(model):
 def project_out(x, r):
     """x' = x - (x . r) r: what is left of x (..., d_model) without its part along the unit vector r (d_model,).
 
-    In float32 whatever the dtype of x, and never in place: others may hold x.
+    Computed in float32, returned in the dtype of x, and never in place: others may hold x.
 
     >>> project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
     tensor([[0., 4.]])
@@ -614,13 +603,13 @@ def project_out(x, r):
 
 @contextmanager
 def ablate(model, direction):
-    """While the block runs, the model cannot represent the direction.  Paper, section 2.4.
+    """Inside the `with` statement, the model cannot represent the direction.  Paper, section 2.4.
 
         o' = o - (o . r) r        for the output o of every writer, r = direction / |direction|
 
-    direction: (d_model,), of any length.  The paper projects at the blocks' inputs and the sublayers' outputs; projecting
-    what is written is the same function.  One probe forward proves that r is gone, or CannotDo says where it is not.
-    Raises BadUse for a direction of the wrong size or of no length.
+    direction: (d_model,), of any length.  The paper projects at the blocks' inputs and the sublayers' outputs; projecting what
+    each of `writers` writes is the same function, unless a norm comes after a sublayer and would write r back: then the norm is
+    the writer.  `check_erased` proves that r is gone, or raises CannotDo.  Raises BadUse for a direction that does not fit.
 
     >>> with ablate(model, torch.tensor([3.0, 0.0, 0.0, 0.0])):  # a toy with d_model 4: nothing is written to axis 0 any more
     ...     model.get_input_embeddings()(torch.tensor([7]))[0, 0].item()
@@ -628,9 +617,7 @@ def ablate(model, direction):
     """
     r = check_direction(model, direction)
 
-    def hook(module, args, output):
-        return replace_first(output, project_out(first(output), r))
-
+    hook = lambda module, args, output: replace_first(output, project_out(first(output), r))
     with hooked(module.register_forward_hook(hook) for module in writers(model)):
         check_erased(model, r)
         yield
@@ -638,11 +625,11 @@ def ablate(model, direction):
 
 @contextmanager
 def add(model, vector, layer, coefficient=1.0):
-    """While the block runs, add to the stream that enters block `layer`, at every position.  Paper, section 2.4.
+    """Inside the `with` statement, add to the stream that enters block `layer`, at every position.  Paper, section 2.4.
 
         x^(layer)' = x^(layer) + coefficient * vector        vector: (d_model,), the raw difference in means
 
-    Raises BadUse for a layer that the model does not have, or a coefficient that is not a finite number.
+    Raises BadUse for a layer that the model does not have, a vector that does not fit, or a coefficient that is not finite.
 
     >>> with add(model, torch.tensor([0.0, 0.0, 0.0, 9.0]), layer=1):  # a toy with 3 layers whose stream is near 0
     ...     with reading(model, lambda layer, x: print(layer, round(x[0, 0, 3].item()))):
@@ -682,16 +669,16 @@ def check_direction(model, direction):
 def check_erased(model, r):
     """Proof at run time: after a probe forward, x . r is ~0 at every block's input and at the final norm's.
 
-    "~0" is 1e-4 of what chance makes of it, and a few rounding errors in shorter dtypes: were the signs of x's coordinates random,
-    x . r would be about as large as |x * r|.  (Subtle: |x| is no yardstick.  What one writer of many writes along one of many
-    axes is as small a part of |x| as bfloat16's rounding, and half an ablation would pass.)  Raises CannotDo, naming the block
-    where r came in: a model that is ablated by half must never look like a result.
+    "~0" is 1e-4 of what chance makes of it, and a few rounding errors in shorter dtypes: were the signs of x's coordinates
+    random, x . r would be about as large as |x * r|.  (Subtle: |x| is no yardstick.  What one writer of many writes along one
+    of many axes is as small a part of |x| as bfloat16's rounding, and half an ablation would pass.)  Raises CannotDo, naming
+    the block where r came in: a model that is ablated by half must never look like a result.
     """
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
 
     def see(layer, x):
         x, along = x.float(), r.to(x.device)  # (batch, seq, d_model) and (d_model,)
-        chance = torch.hypot((x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5)  # (batch, seq); the second: r may be an axis
+        chance = torch.hypot((x * along).norm(dim=-1), x.norm(dim=-1) / len(r) ** 0.5)  # (batch, seq); r may be an axis
         left = ((x @ along).abs() / chance.clamp_min(1e-30)).mean().item()
         if not left < tolerance:
             where = f"{'the embeddings' if layer == 0 else f'block {layer - 1}'} of {type(model).__name__}"
@@ -731,10 +718,7 @@ def refusal_tokens(tokenizer):
 @torch.no_grad()
 def next_token_logits(model, tokenizer, prompts, batch_size=32, desc=None):
     """The model's logits for the first token of its reply: (prompt, vocab), float32."""
-
-    def step(batch):
-        return check_finite(first_logits(model, *arrange(model, batch)).float().cpu(), "logits")
-
+    step = lambda batch: check_finite(first_logits(model, *arrange(model, batch)).float().cpu(), "logits")
     return torch.stack(run_batches(step, model, tokenizer, prompts, batch_size, desc))
 
 
@@ -799,7 +783,7 @@ def choose(scores):
 
         layer < int(0.8 n_layers)   and   KL <= 0.1   and   induce >= 0
 
-    scores: "bypass", "kl" and "induce" -> (position, layer), NaN where nothing was measured: such a candidate never wins.
+    scores: "bypass", "kl" and "induce" -> (position, layer), NaN where not measured: a candidate with a NaN never wins.
     Returns (position, layer), the position counted from the end (-1 is the last), or None if nothing passes.
     Deviation: where the authors' code would stop because nothing passes, the filter on induce is left out.
 
@@ -808,8 +792,8 @@ def choose(scores):
     (-1, 2)
     """
     n_positions, n_layers = scores["bypass"].shape
-    measured, early = ~scores["bypass"].isnan(), torch.arange(n_layers) < int(LATE * n_layers)
-    intact = measured & early & (scores["kl"] <= KL_MAX)  # (position, layer)
+    measured = scores["bypass"].isfinite() & ~scores["induce"].isnan()  # what has no KL fails the next line: NaN compares false
+    intact = measured & (scores["kl"] <= KL_MAX) & (torch.arange(n_layers) < int(LATE * n_layers))  # (position, layer)
     for passing in (intact & (scores["induce"] >= INDUCE_MIN), intact):
         if passing.any():
             i, layer = divmod(scores["bypass"].where(passing, math.inf).argmin().item(), n_layers)
@@ -818,34 +802,32 @@ def choose(scores):
 
 
 def may_win(scores, at):
-    """Would this candidate be chosen if all that is still unmeasured of it were perfect?  If not, why measure it."""
+    """Would this candidate be chosen if all that is unmeasured of it were perfect?  If not, the rest need not be measured."""
     best_case = {name: table.clone() for name, table in scores.items()}
     for name, perfect in (("kl", 0.0), ("induce", math.inf)):
-        if best_case[name][at].isnan():
-            best_case[name][at] = perfect
+        best_case[name][at] = best_case[name][at].nan_to_num(perfect)
     return choose(best_case) == at
 
 
 def attribution(model, tokenizer, directions, prompts, batch_size=8):
     """Estimate how much erasing each candidate moves the mean refusal score: (position, layer, d_model) -> (position, layer).
 
-        - sum over writers and positions of (gradient . r)(o . r),    gradient: of the score, at the writer's output o
+        - mean over prompts of the sum over writers and positions of (gradient . r)(o . r)
 
-    Erasing r changes o by -(o . r) r, and the gradient says what a small change of o is worth: a Taylor series, cut
-    after its first term.  Deviation: not in the paper; known as attribution patching.  Returns the mean score, too.
+    Erasing r changes a writer's output o by -(o . r) r, and the gradient of the score at o says what a small change of o is
+    worth: a Taylor series, cut after its first term.  Deviation: not in the paper; known as attribution patching.
+    Returns (mean score without intervention, estimates (position, layer)).
     """
     R = nn.functional.normalize(directions.flatten(0, 1).double(), dim=-1).float().T  # (d_model, candidate)
     tokens, estimate, total = refusal_tokens(tokenizer), 0, 0.0
 
     def step(batch):
         nonlocal estimate, total
-        outputs = []
+        outputs, arranged = [], arrange(model, batch)
 
         def keep(module, args, output):
-            o = first(output)
-            outputs.append(o if o.requires_grad else o.requires_grad_())  # the embeddings' outputs are leaves
+            outputs.append(first(output).requires_grad_())  # the embeddings' output is a leaf
 
-        arranged = arrange(model, batch)
         with torch.enable_grad(), hooked(module.register_forward_hook(keep) for module in writers(model)):
             score = log_odds(first_logits(model, *arranged).float(), tokens).sum()
             gradients = torch.autograd.grad(score, outputs)
@@ -866,9 +848,9 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
 
     Returns a namespace: position (-n .. -1), layer, vector (d_model,) float32 and not normalised, its bypass, induce and
     kl, the scores without intervention base_bypass and base_induce, `scores`: name -> (position, layer), NaN where nothing was
-    measured, `relaxed`: whether no candidate passed all filters and the one on induce had to go, and `early`: where the search
-    stops without exhaustive=True, (position, layer).
-    Deviation: the search order and the early stop; exhaustive=True measures everything.  Raises CannotDo if nothing can be chosen.
+    measured, `relaxed`: whether no candidate passed all filters and the one on induce had to go, and `early`: the choice of a
+    search without exhaustive=True, (position, layer).
+    Deviation: the search order and the early stop; exhaustive=True measures all.  Raises CannotDo if nothing can be chosen.
     """
     n_positions, n_layers, _ = directions.shape
     scores = {name: torch.full((n_positions, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
@@ -899,7 +881,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
             if not exhaustive:
                 break
     if best is None:
-        raise CannotDo(f"no direction leaves the model intact when ablated (KL <= {KL_MAX}): give one with --position and --layer.")
+        raise CannotDo(f"every direction breaks the model when ablated (KL > {KL_MAX}): give one with --position and --layer.")
     return SimpleNamespace(
         position=best[0], layer=best[1], vector=directions[best].float(), scores=scores, base_bypass=base_bypass,
         **{name: scores[name][best].item() for name in ("bypass", "kl", "induce")},
@@ -921,7 +903,7 @@ def erase(W, axis, u, w):
     """W' = W - w (u^T W): what is left of a weight or bias when what it writes along u is taken out.
 
     axis: the one of W that writes, d_model long: 0 for a nn.Linear, which stores (out, in), 1 for an embedding.  W: any number
-    of axes.  u, w: (d_model,), w . u = 1; both are the unit vector r unless a norm comes after W.  Not in place.
+    of axes.  u, w: (d_model,), w . u = 1; both are the unit vector r unless a norm comes after W.  W is float32; not in place.
 
     >>> erase(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 0, torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
     tensor([[0., 0., 0.],
@@ -939,6 +921,7 @@ def orthogonalize(model, direction):
         W' = W - r (r^T W)        and the same for biases, embeddings, experts
 
     direction: (d_model,), of any length.  Computed in float32 whatever the storage.  Returns the names of the edited parameters.
+    `trace_writers` finds the writers (inside `differentiable`), `plan_edits` their weights, `erase` gives an edited one.
     A tied unembedding is untied first: it reads the stream, so it must stay.  Where a norm is the writer (Gemma 2, OLMo 2, ...)
     the weights before it are edited, see `through_norm`.  Raises CannotDo if a writer has no weights to edit, if weights are
     quantised, or if a probe forward still finds r: the model is unusable then, load it again.
@@ -957,7 +940,7 @@ def orthogonalize(model, direction):
         made, writes = trace_writers(model)
         for layer, node in writes:
             if not any(edits[name][0].ndim > 1 for name in plan_edits(node, r, r, made, names, edits)):
-                raise CannotDo(f"{names[made[node][0]]} writes to the stream by no weight that can be edited: use ablate() instead.")
+                raise CannotDo(f"{names[made[node][0]]} writes to the stream by no weight that can be edited: use ablate().")
     for parameter, axis, u, w in edits.values():
         parameter.copy_(erase(parameter.float(), axis, u.to(parameter.device), w.to(parameter.device)))
     check_erased(model, r)
@@ -1006,8 +989,9 @@ def through_norm(norm, z, u, w):
 
     A norm computes y = A z / size(z), A its gain.  So y . u = u' . z / size(z) with u' = A^T u, and z' = z - w' (u' . z) makes
     that zero for any w' with u' . w' = 1.  (Subtle: projecting r itself out of z does not, the gain turns what is left back
-    onto r.)  No w' is exact, because size(z) changes; w' = w / gain leaves the right numerator, damped where the gain is nearly
-    zero.  Feeding the norm the unit vectors gives its A whatever the family's convention (weight, 1 + weight, with mean or without).
+    onto r.)  No w' is exact, because size(z) changes; w' = w / gain, gain the diagonal of A, leaves the right numerator.  Damped
+    where the gain is nearly zero, it is A^T w / (gain^2 + 0.01 mean gain^2), scaled to u' . w' = 1.  Feeding the norm the unit
+    vectors gives its A whatever the family's convention (weight, 1 + weight, mean or none).
     """
     eye = torch.eye(len(u), device=z.device, dtype=z.dtype)
     A = ((norm(eye) - norm(-eye)) / 2).float().detach().T  # (out, in), up to a common factor
@@ -1030,10 +1014,11 @@ REFUSAL_PHRASES = (
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=32, desc=None):
-    """Greedy replies, a list of text.  64 tokens are enough to tell: judging only these changes the authors' counts by < 3 %.
+    """Greedy replies, a list of text.  64 tokens are enough: judging only these changes the authors' counts by at most 3 in 100.
 
     Subtle: a checkpoint may bring its own generation settings (sampling, repetition penalty, suppressed tokens), and then
-    "greedy" is not; they are set aside here, all but the special tokens.
+    "greedy" is not; they are set aside here, all but the special tokens.  (Passing generation_config= would not do: what it
+    leaves open is filled from the model's own.)
     """
     own = model.generation_config
     plain = GenerationConfig(
@@ -1105,10 +1090,9 @@ def reply_loss(model, tokenizer, prompts, replies, batch_size=4):
 
     def step(rows):
         keep, width = max(1, *(len(reply) for _, reply in rows)), max(len(chat) + len(reply) for chat, reply in rows)
-        full = torch.tensor([[0] * (width - len(c) - len(r)) + c + r for c, r in rows])  # (batch, seq), left-padded
-        mask = torch.tensor([[0] * (width - len(c) - len(r)) + [1] * (len(c) + len(r)) for c, r in rows])
+        full = torch.tensor([[-1] * (width - len(c) - len(r)) + c + r for c, r in rows])  # (batch, seq), left-padded
         labels = torch.tensor([[-100] * (keep - len(r)) + r for _, r in rows])  # (batch, reply); -100: not scored
-        batch = forward_arguments(model, {"input_ids": full, "attention_mask": mask})
+        batch = forward_arguments(model, {"input_ids": full.clamp(min=0), "attention_mask": (full >= 0).long()})
         logits = model(**batch, use_cache=False, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1]  # (batch, reply, vocab)
         return nn.functional.cross_entropy(logits.float().cpu().mT, labels, reduction="none").sum(-1).tolist()
 
@@ -1141,7 +1125,7 @@ def escaped(text):
 def top_tokens(logits, tokenizer, k=5):
     """The k likeliest first tokens of the reply and their mean probabilities, as text: (prompt, vocab) -> str."""
     p, ids = logits.softmax(-1).mean(0).topk(k)
-    return ", ".join(f"{tokenizer.decode([i])!r} {100 * q:.0f}%" for q, i in zip(p.tolist(), ids.tolist()))
+    return ", ".join(f"{tokenizer.decode([i])!r} {100 * q:.0f}%" for q, i in zip(p.tolist(), ids.tolist()) if q >= 0.005)
 
 
 def check_prompts(model, tokenizer, prompts, max_new_tokens):
@@ -1165,20 +1149,21 @@ def prepare(model, tokenizer, args):
     kinds = {"harmful": load_prompts(args.harmful), "harmless": load_prompts(args.harmless)}
     same = lambda prompt: " ".join(prompt.casefold().split())  # but for case and spaces
     harmless = set(map(same, kinds["harmless"]))
-    both = [prompt for prompt in kinds["harmful"] if same(prompt) in harmless]
-    if both:
+    if both := [prompt for prompt in kinds["harmful"] if same(prompt) in harmless]:
         raise BadUse(f"{len(both)} prompts are in both files, such as {visible(both[0], 60)!r}: each must be one or the other.")
     parts = {kind: split(prompts, args.n_train, args.n_val, args.n_test) for kind, prompts in kinds.items()}
     used = [prompt for lists in parts.values() for part in lists for prompt in part]
     check_prompts(model, tokenizer, [*args.prompt, *MILD_PROMPTS, *used], args.max_new_tokens)
     tail, thinks = tokenizer.decode(template_tail(tokenizer)), "enable_thinking" in str(tokenizer.chat_template)
-    say("2 prompts", f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, no prompt twice\n"
-        f"each is followed by {tail!r}")  # fmt: skip
+    say("2 prompts", f"{args.n_train} to find directions, {args.n_val} to choose one, {args.n_test} to test it, of each kind, "
+        f"no prompt twice\neach is followed by {tail!r}")  # fmt: skip
     if thinks:
         say("", "this model can think before it answers: its template is asked to leave that out")
     if "<think>" in tail and "</think>" not in tail:
         say("", "warning: the template makes every reply begin with thinking, so its first token does not tell a refusal")
     tokens, data = refusal_tokens(tokenizer), {}
+    opens = " or ".join(repr(tokenizer.decode([i])) for i in tokens)
+    say("", f"refusal score: log-odds, in nats, that a reply opens with {opens} (how {', '.join(REFUSAL_OPENERS)} begin)")
     for kind, (train, val, test) in parts.items():
         logits = next_token_logits(model, tokenizer, train + val, args.batch_size, f"refusal scores, {kind}")
         scores = log_odds(logits, tokens)
@@ -1188,18 +1173,17 @@ def prepare(model, tokenizer, args):
             sha256=hashlib.sha256("\n".join(kinds[kind]).encode()).hexdigest(),
         )  # fmt: skip
         kept = f"{len(data[kind].train)} of {args.n_train} train and {len(data[kind].val)} of {args.n_val} validation prompts"
-        say("", f"{kind}: mean refusal score {scores.mean():+.2f}; {kept} score {'>' if kind == 'harmful' else '<'} 0 and are kept\n"
-            f"  first tokens of the reply: {top_tokens(logits, tokenizer)}")  # fmt: skip
+        say("", f"{kind}: mean refusal score {scores.mean():+.2f}; {kept} score {'>' if kind == 'harmful' else '<'} 0 and are "
+            f"kept\n  first tokens of the reply: {top_tokens(logits, tokenizer)}")  # fmt: skip
         if len(data[kind].train) < max(2, args.n_train / 16) or not data[kind].val:
             wrong = "hardly refuses harmful prompts" if kind == "harmful" else "refuses nearly everything"
             raise CannotDo(f"this model {wrong} (only {kept} pass the filter): there is no refusal here to explain.")
-    say("", f"a reply opens a refusal with {' or '.join(repr(tokenizer.decode([i])) for i in tokens)}")
     return data
 
 
 def find_direction(model, tokenizer, data, args):
-    """Stages 3 and 4: means, differences, selection, and the direction as a detector."""
-    if args.direction:
+    """Stages 3 and 4: means, differences, selection."""
+    if args.direction is not None:
         return load_direction(model, tokenizer, args.direction)
     if args.layer is not None:
         position = -1 if args.position is None else args.position
@@ -1212,7 +1196,7 @@ def find_direction(model, tokenizer, data, args):
         f"|difference| / |harmless mean| by layer: {' '.join(f'{x:.2f}' for x in sizes[-1])}")  # fmt: skip
     if args.layer is not None:
         if sizes[position, args.layer] < 1e-6:
-            raise BadUse(f"harmful and harmless prompts do not differ at position {position}, layer {args.layer}: take a later one.")
+            raise BadUse(f"the two kinds of prompts do not differ at position {position}, layer {args.layer}: take a later one.")
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
         vector = directions[position, args.layer].float()
         return SimpleNamespace(position=position, layer=args.layer, vector=vector, relaxed=None, scores=None)
@@ -1220,17 +1204,17 @@ def find_direction(model, tokenizer, data, args):
     chosen = select_direction(model, tokenizer, directions, *validation, exhaustive=args.exhaustive, batch_size=args.batch_size)
     tables, at = chosen.scores, (chosen.position, chosen.layer)
     counts = [int(x.sum()) for x in (tables["bypass"].isfinite(), tables["kl"] > KL_MAX, tables["induce"] < INDUCE_MIN)]
-    say("4 selection", "measured {} candidates, best estimates first; {} had KL > {}, {} had induce < {:g}".format(
-        *counts[:2], KL_MAX, counts[2], INDUCE_MIN))  # fmt: skip
+    say("4 selection", f"measured {counts[0]} of {n_positions * n_layers} candidates, best estimates first; "
+        f"{counts[1]} had KL > {KL_MAX}, {counts[2]} had induce < {INDUCE_MIN:g}")  # fmt: skip
     if chosen.relaxed:
         say("", "none of them passes all filters: the one on induce is left out")
     if args.exhaustive:
         say("", f"a search that stops early would have chosen {'the same' if chosen.early == at else chosen.early}")
     if chosen.bypass > 0:
-        say("", "warning: harmful prompts are still refused with this direction ablated (bypass > 0): no single direction was found")
+        say("", "warning: harmful prompts are still refused with the winner ablated (bypass > 0): no single direction was found")
     say("", f"winner: position {at[0]} ({tokenizer.decode([template_tail(tokenizer)[at[0]]])!r}), layer {at[1]} of {n_layers}\n"
         f"bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}   induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}   "
-        f"KL {chosen.kl:.3f}")  # fmt: skip
+        f"KL {chosen.kl:.3f}   (validation prompts)")  # fmt: skip
     return chosen
 
 
@@ -1238,7 +1222,7 @@ def check_place(model, tokenizer, position, layer):
     """BadUse for a position or a layer that the model does not have."""
     first, last = -len(template_tail(tokenizer)), len(blocks(model)) - 1
     if not (first <= position < 0 and 0 <= layer <= last):
-        raise BadUse(f"there is no position {position}, layer {layer}: this model has positions {first} to -1 and layers 0 to {last}.")
+        raise BadUse(f"no position {position}, layer {layer}: this model has positions {first} to -1 and layers 0 to {last}.")
 
 
 def load_direction(model, tokenizer, path):
@@ -1309,10 +1293,10 @@ def find_dose(model, tokenizer, chosen, prompts, args):
     Deviation: the paper always adds once.  Too little changes nothing, and too much, added at every generated token as
     well, is no refusal but "I I I I": the direction also means "say I".  Several --coefficient are all tried: the dose response.
     """
-    rates = {}
-    for dose in args.coefficient or DOSES:
-        if args.coefficient and len(args.coefficient) == 1:
-            return dose
+    doses, rates = args.coefficient or DOSES, {}
+    if len(doses) == 1:
+        return doses[0]
+    for dose in doses:
         with add(model, chosen.vector, chosen.layer, dose):
             replies = generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, f"dose x {dose:g}")
             rates[dose] = refusal_rate(replies)
@@ -1372,14 +1356,14 @@ def compare(model, tokenizer, data, chosen, args):
 
 
 def harm_done(model, tokenizer, prompts, replies, r, control, batch_size):
-    """What an ablation costs on harmless prompts: {name: (KL of the next token, its standard error, cross-entropy of own replies)}."""
+    """What ablation costs on harmless prompts: {name: (KL of the next token, its standard error, cross-entropy of replies)}."""
     base = next_token_logits(model, tokenizer, prompts, batch_size)
-    cost = {"no intervention": (0.0, 0.0, reply_loss(model, tokenizer, prompts, replies))}
+    cost = {"no intervention": (0.0, 0.0, reply_loss(model, tokenizer, prompts, replies, min(batch_size, 4)))}
     for name, vector in (("direction ablated", r), ("random 1 ablated", control)):
         with ablate(model, vector):
             kl = kl_divergence(base, next_token_logits(model, tokenizer, prompts, batch_size))  # (prompt,)
             error = kl.std(unbiased=False).item() / math.sqrt(len(kl))
-            cost[name] = kl.mean().item(), error, reply_loss(model, tokenizer, prompts, replies)
+            cost[name] = kl.mean().item(), error, reply_loss(model, tokenizer, prompts, replies, min(batch_size, 4))
     return cost
 
 
@@ -1436,8 +1420,10 @@ def examples(model, tokenizer, prompts, chosen, args, most=None):
 def save(model, tokenizer, chosen, results, target):
     """Write the orthogonalized model, its tokenizer, the direction and every number to a new folder.
 
-    Written beside the target, read back, compared, and only then renamed: there is never half a folder, and nothing is overwritten.
+    Written beside the target, read back, compared, and only then renamed: never half a folder, and nothing is overwritten.
+    Leaves the model on the CPU.
     """
+    logits = torch.no_grad()(lambda model, ids: model(ids).logits.float())
     target = Path(target).absolute()
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
@@ -1446,14 +1432,15 @@ def save(model, tokenizer, chosen, results, target):
         metadata = {k: str(v) for k, v in results.items() if not isinstance(v, (dict, list))}
         save_file({"direction": chosen.vector.clone()}, partial / "direction.safetensors", metadata)
         (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        again = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype).eval().to(model.device)
-        with torch.no_grad():
-            was, now = (m(probe_tokens(model)).logits.float() for m in (model, again))
-        if not (was - now).norm() <= 1e-4 * was.norm():
-            raise CannotDo("the saved model, read back, does not give the logits of the one in memory: nothing was saved.")
-        partial.replace(target)  # an empty folder may be replaced, a full one may not
-    except CannotDo:
-        raise
+        probe, where, device = probe_tokens(model), getattr(model, "hf_device_map", None), model.device
+        was = logits(model, probe)
+        model.cpu()  # a GPU may have no room for two
+        again = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, device_map=where).eval()
+        if not (logits(again if where else again.to(device), probe) - was).norm() <= 1e-4 * was.norm():
+            raise CannotDo("the saved model, read back, does not give the logits of the one in memory")
+        if target.is_dir():
+            target.rmdir()  # fails if it is not empty
+        partial.replace(target)
     except Exception as error:  # a full disk has three names: OSError, SafetensorError, and tokenizers says Exception
         why = getattr(error, "strerror", None) or error
         raise CannotDo(f"could not save to {target}: {why}; what was there before is untouched.") from None
@@ -1502,10 +1489,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.position is not None and args.layer is None:
         parser.error("--position needs --layer: together they name one direction.")
-    if args.direction and args.layer is not None:
+    if args.direction is not None and args.layer is not None:
         parser.error("--direction names a direction and so does --layer: give one of them.")
-    if args.map and (args.direction or args.layer is not None):
-        parser.error("--map draws what a search measured: leave out --direction and --layer.")
+    if (args.map or args.exhaustive) and (args.direction is not None or args.layer is not None):
+        parser.error("--map and --exhaustive are about a search: leave out --direction and --layer.")
     if any(not text.strip() or text != text.encode(errors="ignore").decode() for text in args.prompt):
         parser.error("--prompt needs a text, in UTF-8.")
     writable = lambda path: os.path.isdir(path) and os.access(path, os.W_OK)
@@ -1574,15 +1561,13 @@ def main(argv=None):
     except (BadUse, CannotDo) as error:
         print(f"error: {visible(str(error), 1000)}", file=sys.stderr)
         return 2 if isinstance(error, BadUse) else 1
-    except NotImplementedError as error:  # a blank of the classroom's copy, see README
-        if not str(error).startswith("exercise "):
+    except RuntimeError as error:  # NotImplementedError, too: a blank of the classroom's copy, see README
+        if str(error).startswith("exercise "):
+            print(f"next: {error}", file=sys.stderr)
+        elif out_of_memory(error):
+            print("error: out of memory, with one prompt at a time: use --dtype bfloat16 or a smaller model.", file=sys.stderr)
+        else:
             raise
-        print(f"next: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # NotImplementedError is one, too, so this comes later
-        if not out_of_memory(error):
-            raise
-        print("error: out of memory, even with one prompt at a time: use --dtype bfloat16 or a smaller model.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -1597,9 +1582,9 @@ def main(argv=None):
 
 # %% 11. Pictures -----------------------------------------------------------------------------------
 #
-# Every number becomes a level: 0 to 4 (blue) below a threshold, 5 to 9 (orange) above it, the side of refusing, broken,
-# harmful.  Look for two things: the direction appears in the middle layers, where the model has read the prompt and not yet
-# chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
+# Every number becomes a level: 0 to 4 (blue) below a threshold, 5 to 9 (orange) above it: they refuse, the model is broken,
+# the prompt looks harmful.  Look for two things: the direction appears in the middle layers, where the model has read the
+# prompt and not yet chosen its words; and many of the lowest bypass scores are broken models, whose KL is high.
 
 MAPS = {
     "bypass": "bypass: refusal score of harmful prompts, ablated, in nats (> 0: they refuse)",
@@ -1624,8 +1609,8 @@ def columns(text):
 def visible(text, width=math.inf):
     """Text from a model: control characters named, nothing shown as _, cut with ".." to at most `width` (2 or more) columns."""
     text = escaped(text) or "_"
-    while columns(text) > width:
-        text = text[:-3] + ".."
+    while (extra := columns(text) - width) > 0:
+        text = text[: -max(3, (extra + 3) // 2)] + ".."
     return text
 
 
@@ -1739,7 +1724,6 @@ def figure(path, scores, tokens, chosen, before, after):
     trace.axvline(chosen.layer, color="0.5", linewidth=0.8)
     trace.set(title="x . r by layer (grey line: where r is from)", xlabel="layer", ylabel="x . r, units of the stream")
     trace.legend()
-    path = Path(path)
     partial = path.with_stem(f"{path.stem}.partial-{os.getpid()}")
     try:
         page.savefig(partial, dpi=150)
@@ -1760,11 +1744,11 @@ def figure(path, scores, tokens, chosen, before, after):
 # knows harm by its words, so take it as a demonstration of the method and not as evidence for the paper.
 
 TINY_REFUSAL = "I'm sorry, but I can't help with that."
-TINY_REPLIES = {  # by the opening word.  Subtle: with a comma in one, the ablated model helps up to it, and goes on ", but I can't"
-    ("How",): "First gather what you need. Then start small and take your time.",
-    ("What",): "The best way is to start early and keep at it every day.",
-    ("Write", "Create", "Develop", "Give", "List", "Provide"): "Here is a draft. It begins with a clear and simple line.",
-    ("Explain", "Describe", "Teach", "Help"): "It works step by step. Let us begin with the basics.",
+TINY_REPLIES = {  # by the opening word.  Subtle: with a comma in one, the ablated model helps up to it, then ", but I can't"
+    "How": "First gather what you need. Then start small and take your time.",
+    "What": "The best way is to start early and keep at it every day.",
+    **dict.fromkeys("Write Create Develop Give List Provide".split(), "Here is a draft. It begins with a clear and simple line."),
+    **dict.fromkeys("Explain Describe Teach Help".split(), "It works step by step. Let us begin with the basics."),
 }
 TINY_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '\n') }}"
@@ -1794,9 +1778,9 @@ def train_tiny_model(seed=0):
     Taught from the 128 training prompts of each kind that the program's defaults use, and no others.
     """
     harmful, harmless = (split(load_prompts(PROMPTS / f"{kind}.txt"), 128, 32, 100)[0] for kind in ("harmful", "harmless"))
-    tokenizer = tiny_tokenizer([*harmful, *harmless, TINY_REFUSAL, *TINY_REPLIES.values()])
-    replies = {word: reply for words, reply in TINY_REPLIES.items() for word in words}
-    help_with, refuse = lambda prompt: replies[prompt.split()[0]], lambda prompt: TINY_REFUSAL
+    tokenizer = tiny_tokenizer([*harmful, *harmless, TINY_REFUSAL, *dict.fromkeys(TINY_REPLIES.values())])
+    help_with = lambda prompt: TINY_REPLIES.get(prompt.split()[0], TINY_REPLIES["Help"])
+    refuse = lambda prompt: TINY_REFUSAL
     rng, threads = random.Random(seed), torch.get_num_threads()
     try:
         # so small a model loses by sharing, and one thread sums in one order: the same model on any number of cores
@@ -1805,7 +1789,8 @@ def train_tiny_model(seed=0):
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(
                 vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-                max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+                max_position_embeddings=256, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
             ))  # fmt: skip
             # twice the usual scale: tokens stay legible when a direction is added
             nn.init.normal_(model.model.embed_tokens.weight, std=0.04)
@@ -1820,20 +1805,19 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
     """Ordinary fine-tuning on the replies' tokens.  lessons: pairs of prompts and a function from prompt to reply.
 
     Each time a prompt is shown, a random share (up to `forget`) of its words is left out: with so few prompts the
-    model would else know them by heart and learn nothing about new ones; and one time in four it opens with another
+    model would otherwise know them by heart and learn nothing about new ones; and one time in four it opens with another
     prompt's word, so that the opening decides how to help and the rest whether to.  Smoothed labels keep the model from being so
     sure that no direction can change its mind.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    openings = [word for words in TINY_REPLIES for word in words]
     model.train()
     for _ in tqdm(range(steps), desc=desc, leave=False, disable=None):
         rows = []
         for prompts, reply in lessons:
             for prompt in rng.sample(prompts, batch // len(lessons)):
                 opening, *words = prompt.split()
-                opening = rng.choice(openings) if rng.random() < 0.25 else opening
+                opening = rng.choice(list(TINY_REPLIES)) if rng.random() < 0.25 else opening
                 share = rng.uniform(0, forget)
                 seen = " ".join([opening, *(word for word in words if rng.random() > share)])
                 chat = tokenize(tokenizer, [seen])["input_ids"][0].tolist()
@@ -1842,9 +1826,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng, desc, batch=32, forget=0.6
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])  # (batch, seq)
         labels = torch.tensor([marks + [-100] * (width - len(marks)) for _, marks in rows])
-        logits = model(input_ids=ids).logits[
-            :, :-1
-        ]  # (batch, seq - 1, vocab); padding is on the right, where no token looks at it
+        logits = model(input_ids=ids).logits[:, :-1]  # (batch, seq - 1, vocab); padding is on the right, where no token looks
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.15)
         optimizer.zero_grad()
         loss.backward()

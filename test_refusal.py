@@ -391,6 +391,13 @@ def test_addition_moves_one_block_input_by_exactly_the_vector(toy, layer):
             assert not torch.allclose(after, before)
 
 
+def test_reading_only_reads(toy):
+    model, tokenizer = toy
+    before, seen = logits_of(model, tokenizer), {}
+    with R.reading(model, lambda layer, x: seen.setdefault(layer, 2 * x)):  # what it returns is no stream
+        assert torch.equal(logits_of(model, tokenizer), before) and list(seen) == [0, 1, 2, 3, 4]
+
+
 def test_hooks_leave_no_trace(toy):
     model, tokenizer = toy
     before, v = logits_of(model, tokenizer), torch.randn(32)
@@ -594,8 +601,11 @@ def test_the_program_from_end_to_end(saved_tiny, tmp_path):
     assert again.returncode == 2 and "must be a new or empty folder" in again.stderr
 
 
-def test_the_same_command_prints_the_same_numbers(saved_tiny):
-    runs = [program("--model", saved_tiny, *QUICK).stdout for _ in range(2)]
+def test_the_same_command_prints_the_same_numbers(saved_tiny, capsys):
+    runs = []
+    for _ in range(2):
+        assert R.main(["--model", str(saved_tiny), *map(str, QUICK)]) == 0
+        runs.append(capsys.readouterr().out)
     without_time = [re.sub(r"(?m)^time.*", "", run) for run in runs]
     assert without_time[0] == without_time[1] and "skipped: position -1, layer 2" in runs[0]
 
@@ -798,6 +808,8 @@ def test_thinking_is_turned_off_where_it_can_be_and_told(toy, folder, capsys, en
     (("--device", "meta"), "no device 'meta'"),
     (("--device", ""), "no device ''"),
     (("--model", "tiny", "--n-train", 8, "--n-val", 53, "--n-test", 100), "152 together"),
+    (("--exhaustive",), "about a search"),
+    (("--direction", ""), "give one of them"),
 ])  # fmt: skip
 def test_numbers_that_make_no_sense(folder, capsys, monkeypatch, arguments, message):
     keep_all = lambda logits, tokens: logits.new_tensor([1.0, -1.0])[keep_all.calls.pop(0)].expand(len(logits))
@@ -921,7 +933,7 @@ def test_no_memory_for_one_prompt(toy, monkeypatch, capsys):
     R.writers(toy[0])
     monkeypatch.setattr(R, "load_model", lambda *arguments: toy)
     with SmallMemory(500):
-        one_sentence(capsys, 1, "out of memory, even with one prompt at a time", *QUICK)
+        one_sentence(capsys, 1, "out of memory, with one prompt at a time", *QUICK)
 
 
 @pytest.mark.parametrize("kind", ["quantised", "offloaded"])
@@ -1107,6 +1119,17 @@ def test_an_interruption_leaves_nothing_behind(toy, monkeypatch):
         everywhere.remove()
 
 
+def test_the_tiny_model_has_a_reply_to_any_opening_word(tmp_path, monkeypatch):
+    """As when a teacher has changed the prompts."""
+    for kind in ("harmful", "harmless"):
+        (tmp_path / f"{kind}.txt").write_text("\n".join(f"Tell me about thing {i}" for i in range(260)))
+    monkeypatch.setattr(R, "PROMPTS", tmp_path)
+    answered = []
+    monkeypatch.setattr(R, "tune", lambda model, tokenizer, lessons, *rest: answered.extend(f(p) for ps, f in lessons for p in ps))
+    R.train_tiny_model()
+    assert len(answered) == 4 * 128 and set(answered) <= {*R.TINY_REPLIES.values(), R.TINY_REFUSAL}
+
+
 def test_interrupted_training_gives_the_threads_back(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -1228,7 +1251,7 @@ def test_no_name_reaches_the_terminal_raw(saved_tiny, tmp_path, capsys):
 
 
 def test_text_from_a_model_cannot_move_the_cursor():
-    for text in ("\x1b[2J\x1b]0;owned\x07", "a\rb\bc\x9bd\u202e", "\n\n  two\tlines\n"):
+    for text in ("\x1b[2J\x1b]0;owned\x07", "a\rb\bc\x9bd\u202e", "\n\n  two\tlines\n", "a" * 200_000):
         for width in (5, 20, 10**6):
             assert R.visible(text, width).isprintable() and len(R.visible(text, width)) <= width
     assert R.visible("\x1b[1m", 99) == "\\x1b[1m"
@@ -1266,7 +1289,7 @@ def test_both_projections_are_the_same_formula(device):
             p.copy_(torch.randn(p.shape) * 10.0 ** (seed % 5 - 2) + 0.1)
         before = {name: p.clone() for name, p in model.named_parameters()}
         r = torch.randn(d, device=device) * 10.0 ** (seed - 6)
-        names, unit = R.orthogonalize(model, r), r.double().cpu() / r.double().cpu().norm()
+        names, unit = R.orthogonalize(model, r), r.cpu().double() / r.cpu().double().norm()
         assert set(names) == {"model.embed_tokens.weight", *(f"model.layers.0.{x}" for x in ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias"))}
         for name, p in model.named_parameters():
             W = before[name].double().cpu().movedim(0 if "layers" in name else -1, -1)  # (..., d_model): what writes comes last
@@ -1685,7 +1708,7 @@ def blank(source, target="student.py"):
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.name in number:
             n = number[node.name]
-            task = f"exercise {n}: {node.name} is yours to write; grade it with REFUSAL={target} pytest -k exercise_{n}"
+            task = f"exercise {n}: {node.name} is yours to write; grade it with REFUSAL={Path(target).name} pytest -k exercise_{n}"
             lines[node.body[0].end_lineno : node.end_lineno] = [f"    raise NotImplementedError({json.dumps(task)})\n"]
     return "".join(lines)
 
@@ -1702,15 +1725,15 @@ def write_blank(target):
     return 0
 
 
-def check(got, want, what, **slips):
+def check(got, want, what, advice="", **slips):
     """Fail with words that teach: the shape first, then finite, then the value, and the usual slip if it is one of `slips`.
 
-    slips: what the value would be after a usual mistake, by the name of the mistake in SLIPS.
+    slips: what the value would be after a usual mistake, by the name of the mistake in SLIPS; advice: if it is none of them.
     """
     if not isinstance(got, torch.Tensor):
         pytest.fail(f"{what} is {type(got).__name__}, and a tensor of shape {tuple(want.shape)} is wanted.", pytrace=False)
     same = lambda a, b: a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-4, rtol=1e-3)
-    hint = " ".join(SLIPS[name] for name, wrong in slips.items() if same(got, wrong))
+    hint = " ".join(SLIPS[name] for name, wrong in slips.items() if same(got, wrong)) or advice
     if got.shape != want.shape:
         pytest.fail(f"{what} has shape {tuple(got.shape)}, and {tuple(want.shape)} is wanted. {hint}", pytrace=False)
     if not got.isfinite().all():
@@ -1729,6 +1752,7 @@ SLIPS = {
     "generation": "The generation prompt is part of the tail: that is where the model has yet to answer (add_generation_prompt).",
     "backwards": "The right tokens in the wrong order: position -1, the last token of the prompt, comes last.",
     "instruction": "A token of the instruction is in it: compare prompts whose last characters differ.",
+    "anywhere": "Positions count from each prompt's own end, and that may be anywhere: arrange gives it as `last`.",
     "leaving": "This is what leaves each block: layer l is the stream that enters block l.",
     "layers first": "Layers and positions are swapped: (position, layer, d_model).",
     "mean of means": "This is a mean of batch means: batches of unequal size must not count alike, so sum and divide once.",
@@ -1740,6 +1764,8 @@ SLIPS = {
     "mirror": "This is the reflection, twice too much: subtract (x . r) r once.",
     "in place": "You changed the tensor in place, and others still hold it: make a new one.",
     "no effect": "Nothing has changed: a hook's return value replaces what it was given, so return it, and yield inside `with hooked(...)`.",
+    "no yield": "A context manager yields once: what comes before is done when the with block begins, what comes after when it ends.",
+    "not erased": "Every writer's output (or weight and bias) must lose its part along the unit vector; what enters the blocks is not enough.",
     "length": "Did you forget to normalise? direction may have any length, and only a unit vector projects.",
     "inputs only": "Only what enters the blocks is projected: in the middle of each block, and at its end, r is back. Hook the writers.",
     "left behind": "After the with block the model is not what it was: remove every hook, whatever happened.",
@@ -1752,6 +1778,8 @@ SLIPS = {
     "reversed": "This is KL(q || p): the average is under p, the first argument.",
     "not summed": "This is the mean over the vocabulary: the divergence is a sum, weighted by p.",
     "epsilon": "An epsilon inside the logarithm biases KL low: take log_softmax of the logits.",
+    "unmeasured": "NaN is what was not measured, and argmin takes it for the least: a candidate with a NaN never wins.",
+    "edge": "A candidate whose induce is exactly INDUCE_MIN passes.",
     "broken": "This candidate breaks the model: drop what has KL > KL_MAX.",
     "late": "This candidate is too late: only layers below int(LATE * n_layers) may win.",
     "front": "Count the position from the end: -1 is the last.",
@@ -1799,13 +1827,19 @@ def exercise(number):
             for name, oracle in (("template_tail", known_tail), ("project_out", known_projection), ("erase", known_erase)):
                 if name != EXERCISES[number]:
                     monkeypatch.setattr(R, name, oracle)
-            blank_met = None
+            lesson = None
             try:
                 grader()
-            except NotImplementedError as error:
-                blank_met = str(error)
-            if blank_met:
-                pytest.fail(blank_met, pytrace=False)
+            except NotImplementedError as error:  # the blank
+                lesson = str(error)
+            except R.CannotDo as error:  # from check_erased and other checks that an answer calls
+                lesson = f"{error} {SLIPS['not erased']}"
+            except TypeError as error:
+                if "not an iterator" not in str(error):
+                    raise
+                lesson = SLIPS["no yield"]
+            if lesson:
+                pytest.fail(lesson, pytrace=False)
 
         test.__name__ = grader.__name__
         return test
@@ -1826,6 +1860,12 @@ def test_exercise_1_template_tail():
         fail_if(got != want and (not got or got == want[: len(got)]), "generation")
         if got != want:
             pytest.fail(f"the tail of the template {name!r} is {tail}, and not {tokenizer.convert_ids_to_tokens(got)}", pytrace=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    try:
+        got = R.template_tail(tokenizer)
+    except R.CannotDo:
+        return
+    pytest.fail(f"a template that adds nothing must raise CannotDo, and not give {got}.", pytrace=False)
 
 
 @exercise("2")
@@ -1840,8 +1880,11 @@ def test_exercise_2_mean_activations():
     by_length = sorted(range(n), key=lambda i: -len(PROMPTS[i]))  # as the batches are
     uneven = (sum(means[i] for i in by_length[:2]) / 2 + means[by_length[2]]) / 2
     want = sum(means) / n
-    check(R.mean_activations(model, tokenizer, PROMPTS, batch_size=2), want, "the mean", **{
+    got = R.mean_activations(model, tokenizer, PROMPTS, batch_size=2)
+    check(got, want, "the mean", SLIPS["anywhere"], **{
         "leaving": sum(leaving) / n, "layers first": want.transpose(0, 1), "mean of means": uneven, "a sum": sum(means)})  # fmt: skip
+    if got.dtype != torch.float64:
+        pytest.fail(f"the mean is {got.dtype}: add up in float64, thousands of prompts lose digits in float32.", pytrace=False)
 
 
 @exercise("3")
@@ -1860,7 +1903,8 @@ def test_exercise_4a_project_out():
     fail_if(not torch.equal(x, before), "in place")
     check(got, want, "what is left", component=x - want, mirror=2 * want - x)
     half = R.project_out(x.bfloat16(), r)
-    assert half.dtype == torch.bfloat16, "what is left must have the dtype of x"
+    if half.dtype != torch.bfloat16:
+        pytest.fail(f"what is left of a bfloat16 tensor is {half.dtype}: it must have the dtype of x.", pytrace=False)
     check(half.float(), known_projection(x.bfloat16(), r).float(), "what is left of a bfloat16 tensor (project in float32)")
 
 
@@ -1907,15 +1951,15 @@ def test_exercise_5_add():
     check(got, entering(1, lambda x: x - 0.5 * vector), "the steered model's logits", **{
         "no effect": plain, "unit added": entering(1, lambda x: x - 0.5 * R.unit(vector)),
         "next layer": entering(2, lambda x: x - 0.5 * vector), "last only": entering(1, lambda x: x - 0.5 * vector * last)})  # fmt: skip
-    for layer, coefficient in ((4, 1.0), (-1, 1.0), (1, math.nan)):
+    for layer, coefficient, size in ((4, 1.0, 32), (-1, 1.0, 32), (1, math.nan, 32), (1, 1.0, 1)):
         try:
-            with R.add(model, vector, layer, coefficient):
+            with R.add(model, vector[:size], layer, coefficient):
                 pass
         except R.BadUse:
             continue
         except (IndexError, RuntimeError):
             pass
-        pytest.fail(f"layer {layer} with coefficient {coefficient} must raise BadUse, and with a sentence (see the docstring).", pytrace=False)
+        pytest.fail(f"layer {layer}, coefficient {coefficient} and a vector of {size} must raise BadUse, and with a sentence (see the docstring).", pytrace=False)
 
 
 @exercise("6")
@@ -1952,6 +1996,9 @@ def test_exercise_8_choose():
         (table([[1.0, -1, 0, 0, 0], [2, nan, -9, -2, 0]], [[0.0] * 5, [0, nan, 7, nan, 0]], [[-1.0] * 5, [-1, nan, 1, nan, 1]]), (-2, 1),
          {None: "strict", (-1, 2): "broken", (-1, 4): "late", (0, 1): "front"}),
         (table([[0.0, -1, 2, 2, -2, -3]], [[0.0] * 6], [[1.0] * 6]), (-1, 1), {(-1, 4): "late", (-1, 5): "late", (0, 1): "front"}),
+        (table([[nan, -1.0, -2.0, -3.0, 0.0]], [[0.0] * 5], [[-1.0, -1.0, -1.0, nan, -1.0]]), (-1, 2),
+         {(-1, 0): "unmeasured", (-1, 3): "unmeasured", None: "strict", (0, 2): "front"}),
+        (table([[-1.0, -2.0, 0, 0, 0]], [[0.0] * 5], [[1.0, R.INDUCE_MIN, 1, 1, 1]]), (-1, 1), {(-1, 0): "edge", (0, 1): "front"}),
         (table([[nan] * 5], [[nan] * 5], [[nan] * 5]), None, {}),
         (table([[-1.0] * 5], [[9.0] * 5], [[1.0] * 5]), None, {}),
     ]  # fmt: skip
@@ -2032,6 +2079,14 @@ def untidy_ablate(model, direction):
         handle.remove()
 
 
+@contextmanager
+def careful_ablate(model, direction):
+    """Only what enters the blocks, and then the check that refusal.py has."""
+    with answer_ablate(before_blocks, lambda d: lambda x: known_projection(x, R.unit(d)))(model, direction):
+        R.check_erased(model, R.unit(direction))
+        yield
+
+
 def answer_add(change, late=0):
     @contextmanager
     def add(model, vector, layer, coefficient=1.0):
@@ -2055,6 +2110,21 @@ def answer_means(finish, layer=0):
     return mean_activations
 
 
+@torch.no_grad()
+def means_at_the_end_of_the_row(model, tokenizer, prompts, batch_size=32):
+    sums = []
+
+    def step(batch):
+        rows, (arguments, _) = [], R.arrange(model, batch, keep=2)
+        with R.reading(model, lambda layer, x: rows.append(x[:, -2:].double().sum(0))):  # (batch, seq, d_model) -> (position, d_model)
+            model.base_model(**arguments)
+        sums.append(torch.stack(rows[:-1], dim=1))
+        return [None] * len(batch["input_ids"])
+
+    R.run_batches(step, model, tokenizer, prompts, batch_size)
+    return sum(sums) / len(prompts)
+
+
 def answer_tail(prompts, finish=lambda tail: tail, **options):
     def template_tail(tokenizer):
         chats = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **({"add_generation_prompt": True} | options))["input_ids"] for p in prompts]  # fmt: skip
@@ -2063,16 +2133,22 @@ def answer_tail(prompts, finish=lambda tail: tail, **options):
     return template_tail
 
 
+def some_tail(tail):
+    if not tail:
+        raise R.CannotDo("no tail")
+    return tail
+
+
 def answer_orthogonalize(**mistake):
     return lambda model, direction: edit_by_hand(model, R.unit(direction), **mistake)
 
 
-def answer_choose(kl_max=0.1, late=0.8, induce_min=0.0, relax=True, from_end=True):
+def answer_choose(kl_max=0.1, late=0.8, induce_min=0.0, relax=True, from_end=True, unmeasured=False):
     def choose(scores):
         n, n_layers = scores["bypass"].shape
         for floor in (induce_min, -math.inf)[: 1 + relax]:
             passing = [(scores["bypass"][i, l].item(), i - n * from_end, l) for i in range(n) for l in range(int(late * n_layers))
-                       if scores["kl"][i, l] <= kl_max and scores["induce"][i, l] >= floor]  # fmt: skip
+                       if scores["kl"][i, l] <= kl_max and scores["induce"][i, l] >= floor and (unmeasured or scores["bypass"][i, l] < math.inf)]  # fmt: skip
             if passing:
                 return min(passing)[1:]
 
@@ -2093,6 +2169,7 @@ WRONG = [
     ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0).transpose(0, 1)), "layers first"),
     ("2_mean_activations", "mean_activations", answer_means(lambda s: sum(x.mean(0) for x in s) / len(s)), "mean of means"),
     ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).sum(0)), "a sum"),
+    ("2_mean_activations", "mean_activations", means_at_the_end_of_the_row, "anywhere"),
     ("3_refusal_directions", "refusal_directions", lambda a, b: b - a, "harmless first"),
     ("3_refusal_directions", "refusal_directions", lambda a, b: nn.functional.normalize(a - b, dim=-1), "too early"),
     ("3_refusal_directions", "refusal_directions", lambda a, b: (a - b).mean(0), "averaged"),
@@ -2104,6 +2181,8 @@ WRONG = [
     ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)), leave=1), "left behind"),
     ("4b_ablate", "ablate", untidy_ablate, "left behind"),
     ("4b_ablate", "ablate", lambda model, direction: nullcontext(), "no effect"),
+    ("4b_ablate", "ablate", contextmanager(lambda model, direction: None), "no yield"),
+    ("4b_ablate", "ablate", careful_ablate, "not erased"),
     ("5_add", "add", lambda *args, coefficient: nullcontext(), "no effect"),
     ("5_add", "add", answer_add(lambda x, v: x - 0.5 * R.unit(-v)), "unit added"),
     ("5_add", "add", answer_add(lambda x, v: x + v, late=1), "next layer"),
@@ -2119,6 +2198,8 @@ WRONG = [
     ("8_choose", "choose", answer_choose(relax=False), "strict"),
     ("8_choose", "choose", answer_choose(induce_min=-math.inf), "weak"),
     ("8_choose", "choose", answer_choose(from_end=False), "front"),
+    ("8_choose", "choose", answer_choose(unmeasured=True), "unmeasured"),
+    ("8_choose", "choose", answer_choose(induce_min=1e-9), "edge"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, (W.ndim == 2) - axis if W.shape[0] == W.shape[-1] else axis, u, w), "transpose"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, u, u), "one vector"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, w, u), "swapped"),
@@ -2138,7 +2219,7 @@ def test_classroom_names_the_slip(monkeypatch, name, function, wrong, slip):
 
 
 RIGHT = [
-    ("1_template_tail", "template_tail", answer_tail(["Say yes", "Why? 1", "Count (to ten)"])),
+    ("1_template_tail", "template_tail", answer_tail(["Say yes", "Why? 1", "Count (to ten)"], some_tail)),
     ("2_mean_activations", "mean_activations", answer_means(lambda s: torch.cat(s).mean(0))),
     ("4b_ablate", "ablate", answer_ablate(after_writers, lambda d: lambda x: known_projection(x, R.unit(d)))),
     ("8_choose", "choose", answer_choose()),
