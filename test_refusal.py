@@ -1766,6 +1766,7 @@ SLIPS = {
     "no effect": "Nothing has changed: a hook's return value replaces what it was given, so return it, and yield inside `with hooked(...)`.",
     "no yield": "A context manager yields once: what comes before is done when the with block begins, what comes after when it ends.",
     "not erased": "Every writer's output (or weight and bias) must lose its part along the unit vector; what enters the blocks is not enough.",
+    "no gradients": "Or autograd has recorded nothing: trace_writers and plan_edits work inside `with differentiable(model):`.",
     "length": "Did you forget to normalise? direction may have any length, and only a unit vector projects.",
     "inputs only": "Only what enters the blocks is projected: in the middle of each block, and at its end, r is back. Hook the writers.",
     "left behind": "After the with block the model is not what it was: remove every hook, whatever happened.",
@@ -1833,7 +1834,7 @@ def exercise(number):
             except NotImplementedError as error:  # the blank
                 lesson = str(error)
             except R.CannotDo as error:  # from check_erased and other checks that an answer calls
-                lesson = f"{error} {SLIPS['not erased']}"
+                lesson = f"{error} {SLIPS['no gradients' if 'one stream' in str(error) else 'not erased']}"
             except TypeError as error:
                 if "not an iterator" not in str(error):
                     raise
@@ -2204,6 +2205,7 @@ WRONG = [
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, u, u), "one vector"),
     ("9a_erase", "erase", lambda W, axis, u, w: known_erase(W, axis, w, u), "swapped"),
     ("9a_erase", "erase", lambda W, axis, u, w: changed_in_place(W.movedim(axis, -1), u).movedim(-1, axis), "in place"),
+    ("9b_orthogonalize", "orthogonalize", lambda model, direction: R.trace_writers(model), "no gradients"),
     ("9b_orthogonalize", "orthogonalize", answer_orthogonalize(forget="bias"), "biases"),
     ("9b_orthogonalize", "orthogonalize", answer_orthogonalize(forget="embed"), "embeddings"),
     ("9b_orthogonalize", "orthogonalize", answer_orthogonalize(untie=False), "head"),
