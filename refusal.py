@@ -290,6 +290,12 @@ def forward_arguments(model, batch):
 # it is, and where the last token of each prompt stands when batch and seq are one axis.
 
 
+def padded(model, batch, keep=1):
+    """The batch as it is, and the last tokens as `pack` returns them; the same arguments, so that one can stand for the other."""
+    rows, seq = batch["input_ids"].shape
+    return {**batch, "use_cache": False}, torch.arange(1, rows + 1, device=model.device) * seq - 1
+
+
 def pack(model, batch, keep=1):
     """The prompts of a batch in one row without padding, (1, tokens), and what they all open with (a system prompt) only once.
 
@@ -318,30 +324,25 @@ def arrange(model, batch, keep=1):
     Some do not: recurrent ones, those that count positions themselves, prompts longer than a sliding window.  So packing is
     tried out on a batch's two longest prompts, if they are the longest so far, and given up where the logits differ.
     """
-
-    def padded(batch):
-        rows, seq = batch["input_ids"].shape
-        return {**batch, "use_cache": False}, torch.arange(1, rows + 1, device=model.device) * seq - 1
-
     lengths = batch["attention_mask"].sum(-1)  # (prompt,)
     if model not in TRIED:
         memory = {type(layer) for layer in DynamicCache(config=model.config).layers}  # a recurrent model's are of other types
         TRIED[model] = 0, "position_ids" in batch and memory <= {DynamicLayer, DynamicSlidingWindowLayer}
     longest, same = TRIED[model]
     if len(lengths) < 2 or lengths.sum() > 2048 or not same:  # the mask grows with the square of the tokens
-        return padded(batch)
+        return padded(model, batch, keep)
     if lengths.max() > longest:
         two = {name: tensor[lengths.topk(2).indices] for name, tensor in batch.items()}
         try:
             with torch.no_grad():
-                a, b = (first_logits(model, *way).float() for way in (padded(two), pack(model, two)))
+                a, b = (first_logits(model, *way).float() for way in (padded(model, two), pack(model, two)))
             same = bool((a - b).norm() <= max(1e-4, 3 * torch.finfo(model.dtype).eps) * a.norm())
         except Exception as error:  # whatever a model makes of a mask that it does not expect
             if out_of_memory(error):
                 raise
             same = False
         TRIED[model] = lengths.max().item(), same
-    return pack(model, batch, keep) if same else padded(batch)
+    return (pack if same else padded)(model, batch, keep)
 
 
 def first_logits(model, arguments, last):
@@ -1199,7 +1200,7 @@ def find_direction(model, tokenizer, data, args):
             raise BadUse(f"the two kinds of prompts do not differ at position {position}, layer {args.layer}: take a later one.")
         say("4 selection", f"skipped: position {position}, layer {args.layer} as asked")
         vector = directions[position, args.layer].float()
-        return SimpleNamespace(position=position, layer=args.layer, vector=vector, relaxed=None, scores=None)
+        return SimpleNamespace(position=position, layer=args.layer, vector=vector, scores=None)
     validation = data["harmful"].val, data["harmless"].val
     chosen = select_direction(model, tokenizer, directions, *validation, exhaustive=args.exhaustive, batch_size=args.batch_size)
     tables, at = chosen.scores, (chosen.position, chosen.layer)
@@ -1239,7 +1240,7 @@ def load_direction(model, tokenizer, path):
     check_place(model, tokenizer, position, layer)
     say("3 directions", "skipped")
     say("4 selection", f"skipped: {path}, position {position}, layer {layer}, found on {notes.get('model', 'an unnamed model')}")
-    return SimpleNamespace(position=position, layer=layer, vector=vector, relaxed=None, scores=None)
+    return SimpleNamespace(position=position, layer=layer, vector=vector, scores=None)
 
 
 def look(model, tokenizer, data, chosen, args):
@@ -1249,9 +1250,9 @@ def look(model, tokenizer, data, chosen, args):
     with ablate(model, chosen.vector):
         after = {kind: along(data[kind].test[:8]) for kind in data}  # a few will do: all of it is zero
     harmful, harmless = (before[kind][:, chosen.layer] for kind in ("harmful", "harmless"))
-    n = min(len(harmful), len(harmless))
-    low, high = wilson(auroc(harmful, harmless) * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     chosen.auroc, chosen.means = auroc(harmful, harmless), (harmful.mean().item(), harmless.mean().item())
+    n = min(len(harmful), len(harmless))
+    low, high = wilson(chosen.auroc * n, n)  # wide: the variance of an AUROC is at most that of a share of so many
     found = f"AUROC {chosen.auroc:.3f} [{low:.2f}, {high:.2f}]"
     say("  detector", f"x . r there tells held-out harmful from harmless prompts: {found}")
     tokens, page = [tokenizer.decode([i]) for i in template_tail(tokenizer)], (wants_colour(sys.stdout), page_width())
@@ -1276,8 +1277,8 @@ def look_at(model, tokenizer, prompt, chosen):
 
     The scale runs from harmless to harmful: its middle is halfway between the test prompts' means at the chosen position.
     """
-    batch, seen = forward_arguments(model, tokenize(tokenizer, [prompt])), []
-    with reading(model, lambda layer, x: seen.append(x[0].float().cpu() @ unit(chosen.vector))):  # (1, seq, d_model) -> (seq,)
+    batch, r, seen = forward_arguments(model, tokenize(tokenizer, [prompt])), unit(chosen.vector), []
+    with reading(model, lambda layer, x: seen.append(x[0].float().cpu() @ r)):  # (1, seq, d_model) -> (seq,)
         model.base_model(**batch, use_cache=False)
     ids, (harmful, harmless) = batch["input_ids"][0].tolist(), chosen.means
     # subtle: decoded alone some tokens lose their space, and some are a part of a character, which comes with its last token
@@ -1357,13 +1358,14 @@ def compare(model, tokenizer, data, chosen, args):
 
 def harm_done(model, tokenizer, prompts, replies, r, control, batch_size):
     """What ablation costs on harmless prompts: {name: (KL of the next token, its standard error, cross-entropy of replies)}."""
+    loss = lambda: reply_loss(model, tokenizer, prompts, replies, min(batch_size, 4))
     base = next_token_logits(model, tokenizer, prompts, batch_size)
-    cost = {"no intervention": (0.0, 0.0, reply_loss(model, tokenizer, prompts, replies, min(batch_size, 4)))}
+    cost = {"no intervention": (0.0, 0.0, loss())}
     for name, vector in (("direction ablated", r), ("random 1 ablated", control)):
         with ablate(model, vector):
             kl = kl_divergence(base, next_token_logits(model, tokenizer, prompts, batch_size))  # (prompt,)
             error = kl.std(unbiased=False).item() / math.sqrt(len(kl))
-            cost[name] = kl.mean().item(), error, reply_loss(model, tokenizer, prompts, replies, min(batch_size, 4))
+            cost[name] = kl.mean().item(), error, loss()
     return cost
 
 

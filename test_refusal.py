@@ -241,12 +241,6 @@ def test_padding_changes_nothing(toy, family):
     torch.testing.assert_close(means, alone, atol=1e-5, rtol=1e-5)
 
 
-def as_it_is(model, batch, keep=1):
-    """In place of R.arrange: the padded batch."""
-    rows, seq = batch["input_ids"].shape
-    return {**batch, "use_cache": False}, torch.arange(1, rows + 1) * seq - 1
-
-
 def test_packing_changes_nothing(toy, monkeypatch):
     model, tokenizer = toy
     tokenizer.chat_template = "<|user|>You answer in few words, and you say what you know.<|end|>" + TEMPLATES["chatml"][0]
@@ -265,7 +259,7 @@ def test_packing_changes_nothing(toy, monkeypatch):
     for way in (nullcontext(), R.ablate(model, r), R.add(model, r, 2)):
         with way:
             ours.append(measure())
-    monkeypatch.setattr(R, "arrange", as_it_is)
+    monkeypatch.setattr(R, "arrange", R.padded)
     for way, once in zip((nullcontext(), R.ablate(model, r), R.add(model, r, 2)), ours):
         with way:
             torch.testing.assert_close(once, measure(), atol=1e-4, rtol=1e-4)
@@ -2590,7 +2584,7 @@ def prove(model, seed=0):
     for row, n in zip(full, (5, 9, 32)):  # 72 tokens: past a sliding window of 64
         row[-40 - n :] = torch.tensor(opening + torch.randint(3, 100, (n,), generator=generator).tolist())
     batch = R.forward_arguments(model, {"input_ids": full, "attention_mask": (full > 0).long()})
-    packed, plain = (R.first_logits(model, *way(model, batch)) for way in (R.arrange, as_it_is))
+    packed, plain = (R.first_logits(model, *way(model, batch)) for way in (R.arrange, R.padded))
     assert apart([packed], [plain]) < 1e-4, "packing changes the logits"
 
     # add: exactly coefficient * vector, at its layer
@@ -2841,7 +2835,7 @@ def bench(folder="tiny", sample=3):
 
     @contextmanager
     def padded():
-        R.arrange = as_it_is
+        R.arrange = R.padded
         yield
         R.arrange = arrange
 
