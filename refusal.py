@@ -152,7 +152,8 @@ def tokenize(tokenizer, prompts):
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, enable_thinking=False, padding=True, return_dict=True,
-        return_tensors="pt", tokenizer_kwargs={"padding_side": "left"})
+        return_tensors="pt",
+        tokenizer_kwargs={"padding_side": "left", "return_token_type_ids": False})
 
 
 def template_tail(tokenizer):
@@ -527,16 +528,15 @@ def attribution(model, tokenizer, directions, prompts):
 
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, patience=8,
                      exhaustive=False):
-    """Measure candidates (position, layer, d_model) on validation prompts and choose one.
+    """Choose among candidates, (position, layer, d_model), by measuring; CannotDo if none will do.
 
         for each candidate, the lowest estimate of bypass first:
             measure bypass, and if it may win, induce and KL
             stop if the last `patience` candidates brought nothing better
 
     exhaustive=True measures all, as the paper does (section 2.3, appendix C).  Returns a namespace:
-    position (-n .. -1), layer, vector (not normalised), its bypass, induce and kl, base_bypass and
-    base_induce (no intervention), relaxed (had the induce filter to go?) and scores: name ->
-    (position, layer).  Raises CannotDo if no candidate leaves the model intact.
+    position (-n .. -1), layer, vector (not normalised), bypass, induce, kl, base_bypass and
+    base_induce (no intervention), relaxed (no filter on induce), scores: name -> (position, layer).
     """
     bypass, induce, kl = torch.full((3, *directions.shape[:2]), math.nan)
     scores, best, relaxed, waited = {"bypass": bypass, "induce": induce, "kl": kl}, None, True, 0
@@ -564,7 +564,8 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, pa
     return SimpleNamespace(
         position=best[0], layer=best[1], vector=directions[best].float(), scores=scores,
         relaxed=relaxed, **{name: table[best].item() for name, table in scores.items()},
-        base_bypass=score(harmful_val).item(), base_induce=score(harmless_val).item())
+        base_bypass=score(harmful_val).item(),
+        base_induce=log_odds(base, refusal_tokens(tokenizer)).mean().item())
 
 
 # %% 8. The same ablation, in the weights ----------------------------------------------------------
@@ -804,21 +805,24 @@ def show_knowledge(model, tokenizer, data, chosen, along):
     say("5 detector", f"AUROC, and harmful prompts caught when {max(1, n // 100)} of {n} harmless",
         "ones is flagged, too, by")
     line("number of words", *map(torch.tensor, words))
+    some = {kind: data[kind] | {"train": data[kind]["train"][::2]} for kind in data}
     with ablate(model, chosen.vector):
-        _, erased = look(model, tokenizer, data)  # fitted anew
+        _, erased = look(model, tokenizer, some)  # fitted anew, on every other prompt
     for state, seen in (("", along), (", r erased", erased)):
         for place, position in (("winner's position", chosen.position), ("t_inst", 0)):
             line(f"x . r at {place}{state}", *(x[:, position, chosen.layer] for x in seen.values()))
 
 
-def show_replies(model, tokenizer, prompt, chosen, max_new_tokens):
-    """Stage 6: a reply as it is, ablated and added."""
-    say("", prompt)
-    for name, way in {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector),
-                      "added": add(model, chosen.vector, chosen.layer)}.items():
+def show_replies(model, tokenizer, prompts, chosen, max_new_tokens):
+    """Stage 6: replies as they are, ablated and added, one under the other."""
+    ways = {"as it is": nullcontext(), "ablated": ablate(model, chosen.vector),
+            "added": add(model, chosen.vector, chosen.layer)}
+    stacks = [[prompt] for prompt in prompts]
+    for name, way in ways.items():
         with way:
-            reply = generate(model, tokenizer, [prompt], max_new_tokens)[0]
-        say("", *textwrap.wrap(f"  {name:<10}{reply}", 66, subsequent_indent=" " * 12))
+            for stack, reply in zip(stacks, generate(model, tokenizer, prompts, max_new_tokens)):
+                stack += textwrap.wrap(f"  {name:<10}{reply}", 66, subsequent_indent=" " * 12)
+    say("", *sum(stacks, []))
 
 
 def compare(model, tokenizer, data, chosen, seed):
@@ -831,8 +835,8 @@ def compare(model, tokenizer, data, chosen, seed):
     noise = torch.randn(3, len(r), generator=torch.Generator().manual_seed(seed))
     noise = noise / noise.norm(dim=1, keepdim=True) * r.norm()
 
-    def row(kind, title, look, *ways):
-        prompts, answers = data[kind]["test"], []
+    def row(kind, title, look, *ways, known=()):
+        prompts, answers = data[kind]["test"], list(known)
         for i, way in enumerate(ways[: len(prompts)]):  # the prompts are dealt to the ways in turn
             with way:
                 answers += refusals(model, tokenizer, prompts[i :: len(ways)], look)
@@ -842,19 +846,22 @@ def compare(model, tokenizer, data, chosen, seed):
         refused[f"{kind}, {title}"] = answers
 
     say("7 refusals", "held-out prompts that are refused [95 % interval]")
-    row("harmful", "no intervention", 8, nullcontext())
+    row("harmful", "no intervention", 5, nullcontext())
     row("harmful", "direction ablated", 0, ablate(model, r))
-    row("harmful", "random directions ablated", 8, *(ablate(model, x) for x in noise))
+    row("harmful", "random directions ablated", 5, *(ablate(model, x) for x in noise))
     row("harmless", "no intervention", 0, nullcontext())
     row("harmless", "direction ablated", 0, ablate(model, r))
-    row("harmless", "direction added", 8, add(model, r, chosen.layer))
+    row("harmless", "direction added", 5, add(model, r, chosen.layer))
     row("harmless", "random directions added", 0, *(add(model, x, chosen.layer) for x in noise))
-    logits = partial(next_token_logits, model, tokenizer, data["harmless"]["val"])
+    batch = random_batch(model, 8, 16)
     with ablate(model, r):
-        ablated = logits()
+        ablated = forward(model, batch)
     names = orthogonalize(model, r)  # last, because it cannot be undone
-    gap = (logits() - ablated).norm() / ablated.norm()
-    row("harmful", "weights orthogonalized", 0, nullcontext())
+    gap = (forward(model, batch) - ablated).norm() / ablated.norm()
+    if gap < 1e-4:  # the same model, so its replies are known
+        row("harmful", "weights orthogonalized", 0, known=refused["harmful, direction ablated"])
+    else:
+        row("harmful", "weights orthogonalized", 0, nullcontext())
     say("", f"{len(names)} parameters edited: logits {gap:.0e} of their size from the ablated ones")
     return refused
 
@@ -916,9 +923,8 @@ def run(args):
     say("6 replies", "the model as it is, with the direction ablated, and with it added")
     for prompt in args.prompt:
         print(paint(*chat, prompt, chosen, along))
-        show_replies(*chat, prompt, chosen, 64)
-    for prompt in MILD_PROMPTS:
-        show_replies(*chat, prompt, chosen, 12)
+        show_replies(*chat, [prompt], chosen, 64)
+    show_replies(*chat, MILD_PROMPTS, chosen, 12)
     refused = compare(*chat, data, chosen, args.seed)
     if args.save:
         say("8 save", f"the orthogonalized model, direction.safetensors, results.json: {args.save}")
@@ -1282,7 +1288,7 @@ def through_norm(norm, z, u, w):
 
 # %% C. Machinery ----------------------------------------------------------------------------------
 
-BATCH_SIZE = 32  # prompts side by side
+BATCH_SIZE = 64  # prompts side by side
 
 
 def forward(model, batch, keep=1):
@@ -1292,7 +1298,7 @@ def forward(model, batch, keep=1):
     Subtle: without logits_to_keep the logits of all positions take gigabytes, and without
     position_ids models with learned positions (GPT-2) are silently wrong on padded prompts.
     """
-    arguments = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    arguments = {name: tensor.to(model.device) for name, tensor in batch.items()}
     name, mask = type(model).__name__, arguments["attention_mask"]  # (batch, seq)
     if any(module.training for module in model.modules()):
         raise BadUse(f"{name} is in training mode, where dropout adds noise: call eval() first.")
@@ -1330,7 +1336,7 @@ def run_batches(step, model, batch, size=None):
     """
     lengths = batch["attention_mask"].sum(1)  # (prompt,)
     order = lengths.argsort(descending=True)
-    bar = tqdm(total=len(order), leave=False, disable=None if len(order) > BATCH_SIZE else True)
+    bar = tqdm(total=len(order), leave=False, disable=None if len(order) > 8 else True)
 
     def run(rows):
         part = {name: tensor[rows, -lengths[rows[0]] :] for name, tensor in batch.items()}
@@ -1413,7 +1419,8 @@ def in_one_sentence(what):
     except Exception as error:
         if isinstance(error, BadUse) or out_of_memory(error) or str(error).startswith("exercise "):
             raise
-        raise CannotDo(f"{what} ({type(error).__name__}: {error})") from error
+        words = str(error) if isinstance(error, CannotDo) else f"{type(error).__name__}: {error}"
+        raise CannotDo(f"{what} ({words})") from error
 
 
 # %% D. Pictures -----------------------------------------------------------------------------------

@@ -733,9 +733,9 @@ def check_detector(out, numbers, tiny, data, r):
         return [x[numbers["layer"]][:, position] for x in states]
 
     for position in (numbers["position"], end):
-        for way in (nullcontext(), R.ablate(model, r)):
+        for step, way in ((1, nullcontext()), (2, R.ablate(model, r))):  # on every other prompt
             with way:
-                harmful, harmless = (x.mean(0) for x in at(position, "train"))
+                harmful, harmless = (x[::step].mean(0) for x in at(position, "train"))
                 wanted.append([(x @ (harmful - harmless)).tolist() for x in at(position, "test")])
     printed = re.findall(r"(?m)^ +(?:number|x) .* ([\d.]{5}) +(\d+)%$", out)
     wanted = [wanted[i] for i in (0, 1, 3, 2, 4)]  # first both places, and then both with r erased
@@ -849,6 +849,15 @@ LORA = dict(peft_type="LORA", base_model_name_or_path="x")
 def test_a_folder_that_holds_no_chat_model(folder, capsys, damage, message):
     damage(folder)
     one_sentence(capsys, 1, message, "--model", folder, *QUICK)
+
+
+def test_the_code_of_the_readme_runs(tiny, monkeypatch):
+    """The tour of the library and the open exercises, block after block, as a reader would."""
+    monkeypatch.setattr(R, "load_model", lambda name: copy.deepcopy(tiny))  # which one block tunes
+    text, names = (HERE / "README.md").read_text(encoding="utf-8"), {}
+    for block in re.findall("```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["kind"] and names["place"] == (-1, 2), "the first block and the last have run"
 
 
 # %% Files and interruptions -----------------------------------------------------------------------
