@@ -1308,7 +1308,7 @@ def forward(model, batch, keep=1):
     if not mask.all() and "position_ids" in inspect.signature(model.forward).parameters:
         arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with in_one_sentence(f"{name} fails on a forward pass"):
-        return model(**arguments, use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        return model(**arguments, logits_to_keep=keep).logits[:, -keep:]
 
 
 @torch.no_grad()
@@ -1379,6 +1379,8 @@ def after(module, change):
 
     def hook(module, args, output):
         x = change(main_part(output))
+        if x is main_part(output):
+            return output
         return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
 
     return module.register_forward_hook(hook)
