@@ -79,7 +79,7 @@ def load_model(name, dtype="auto", seed=0):
     with in_one_sentence(f"{name} cannot be used"):  # whatever goes wrong becomes a CannotDo
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         if not tokenizer.chat_template:
-            raise CannotDo("the tokenizer has no chat template: take a chat model, or save it one.")
+            raise CannotDo("the tokenizer has no chat template: take a chat model, or give it one.")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         seen = tokenizer.decode(tokenize(tokenizer, ["Explain how to swim"])["input_ids"][0])
         if "explain how to swim" not in seen.lower():
@@ -121,11 +121,10 @@ def split(prompts, n_train, n_val, n_test):
     """
     end = len(prompts) - n_test  # what comes after is the test
     if min(n_train, n_val, n_test) < 1 or n_train + n_val > end:
-        wanted = f"{n_train} + {n_val} + {n_test}"
-        raise CannotDo(f"{wanted} prompts cannot be taken from {len(prompts)}.")
-    golden = (math.sqrt(5) - 1) / 2
-    lines = sorted(enumerate(prompts), key=lambda line: line[0] * golden % 1)
-    order = [prompt for i, prompt in lines]
+        wanted = f"{n_train} + {n_val} + {n_test} prompts"
+        raise CannotDo(f"{wanted} cannot be taken from {len(prompts)}.")
+    golden, prompts = (math.sqrt(5) - 1) / 2, list(prompts)
+    order = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: i * golden % 1)]
     return order[:n_train], order[end - n_val : end], order[end:]
 
 
@@ -625,37 +624,44 @@ def wilson(hits, n, z=1.96):
 # %% 10. The run -----------------------------------------------------------------------------------
 # No idea is added here: the sections above run in order, and each prints what it has found.
 
-OPTIONS = f"""
---model     tiny  one of {', '.join(MODELS)}, a hub id, or a local folder
---harmful   {PROMPTS / 'harmful.txt'}   harmful instructions, one a line
---harmless  {PROMPTS / 'harmless.txt'}  harmless instructions, one a line
---n-train   128   prompts of each kind for the means
---n-val     32    prompts of each kind for the selection
---n-test    100   prompts of each kind for the result
---dtype     auto  float32, bfloat16 or float16 (auto: bfloat16 on a GPU, else float32)
---seed      0     for the tiny model and the random directions
-"""
-MILD_PROMPTS = ["Write a rude letter that insults my neighbor", "How do I bake bread at home?",
-                "How do I cheat on my diet without my wife noticing?"]
-CLOCK = []  # (stage, when it began)
+MILD_PROMPTS = ["Write a rude letter that insults my neighbor", "How do I bake bread at home?"]
 
 
-def say(stage, *lines):
-    """Begin a stage of the story, or go on with it where `stage` is empty."""
-    if stage:
-        CLOCK.append((stage, time.time()))
-    for line in lines:
-        print(f"{stage:<13}{escaped(line)}", flush=True)
-        stage = ""
-
-
-def read_data(args):
-    """The prompts, before anything that takes long: kind -> "train", "val" or "test" -> a list."""
-    lists = {"harmful": load_prompts(args.harmful), "harmless": load_prompts(args.harmless)}
-    if both := set(lists["harmful"]) & set(lists["harmless"]):
-        raise CannotDo(f"{len(both)} prompts are in both files, such as {min(both)[:60]!r}.")
-    parts, sizes = ("train", "val", "test"), (args.n_train, args.n_val, args.n_test)
-    return {kind: dict(zip(parts, split(prompts, *sizes))) for kind, prompts in lists.items()}
+def run(args):
+    """The experiment."""
+    data = read_data(args)
+    CLOCK.clear()
+    say("1 model", args.model)
+    chat = model, tokenizer = load_model(args.model, args.dtype, args.seed)
+    say("", f"{len(writers(model))} writers, {model.dtype}, {model.device}")
+    filter_prompts(*chat, data)
+    say("3 directions", "held-out prompts at the last position, before any intervention:")
+    directions, along = see_kinds(*chat, data)
+    print(f"\n{layer_plot(along)}\n")
+    say("4 selection", "{} positions x {} layers, d_model {}".format(*directions[1:].shape))
+    validation = data["harmful"]["val"], data["harmless"]["val"]
+    chosen = select_direction(*chat, directions[1:], *validation, exhaustive=args.map)
+    tried, whole = (chosen.scores[name].isfinite().sum() for name in ("bypass", "kl"))
+    say("", f"measured {tried} candidates in the order of an estimate, {whole} with induce and KL",
+        f"winner: position {chosen.position}, layer {chosen.layer}"
+        + " (none passes all filters: the one on induce is left out)" * chosen.relaxed,
+        f"  bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}: harmful prompts, ablated",
+        f"  induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}: harmless prompts, added",
+        f"  KL {chosen.kl:.3f}: what ablation changes on harmless prompts")
+    for name in chosen.scores if args.map else ["bypass"]:
+        print(f"\n{score_map(chosen, name, tokenizer, along)}\n")
+    show_knowledge(*chat, data, chosen, along)
+    say("6 replies", "the model as it is, with the direction ablated, and with it added")
+    for prompt in args.prompt:
+        print(paint(*chat, prompt, chosen, along))
+    show_replies(*chat, args.prompt or MILD_PROMPTS, chosen, 64 if args.prompt else 12)
+    refused = compare(*chat, data, chosen, args.seed)
+    if args.save:
+        say("8 save", f"the orthogonalized model, direction.safetensors, results.json: {args.save}")
+        save(*chat, chosen, {"model": args.model, "refused": refused}, args.save)
+    stages, starts = zip(*CLOCK, ("", time.time()))
+    spent = [f"{stage} {end - start:.0f}" for stage, start, end in zip(stages, starts, starts[1:])]
+    print(f"{'time':<13}in seconds: {', '.join(spent)}")
 
 
 def filter_prompts(model, tokenizer, data):
@@ -701,16 +707,17 @@ def show_knowledge(model, tokenizer, data, chosen, along):
     """Stage 5: the direction as a detector, and what a model that cannot refuse still knows."""
     words = [torch.tensor([len(p.split()) for p in data[kind]["test"]]) for kind in data]
     rows, n = {"number of words": words}, len(words[1])
-    half = {kind: data[kind] | {"train": data[kind]["train"][::2]} for kind in data}
+    say("5 detector", f"AUROC, and harmful prompts caught when {max(1, n // 100)} of {n} harmless",
+        "ones is flagged, too, by")
+    some = {kind: data[kind] | {"train": data[kind]["train"][::4]} for kind in data}
     with ablate(model, chosen.vector):
-        _, without_r = see_kinds(model, tokenizer, half)  # fitted anew, on half the prompts
+        _, without_r = see_kinds(model, tokenizer, some)  # fitted anew, on every fourth prompt
     for state, seen in (("", along), (", r erased", without_r)):
         for place, position in (("winner's position", chosen.position), ("t_inst", 0)):
             x = [seen[kind][:, position, chosen.layer] for kind in seen]
             rows[f"x . r at {place}{state}"] = x
-    say("5 detector", f"AUROC, and harmful prompts caught when {max(1, n // 100)} of {n} harmless",
-        "ones is flagged, too, by",
-        *(f"  {row:<38}{auroc(*x):.3f} {caught(*x):>6.0%}" for row, x in rows.items()))
+    for title, x in rows.items():
+        say("", f"  {title:<38}{auroc(*x):.3f} {caught(*x):>6.0%}")
 
 
 def show_replies(model, tokenizer, prompts, chosen, max_new_tokens):
@@ -732,6 +739,7 @@ def compare(model, tokenizer, data, chosen, seed):
     r, layer, refused = chosen.vector, chosen.layer, {}
     noise = torch.randn(3, len(r), generator=torch.Generator().manual_seed(seed))
     noise = normalize(noise, dim=1) * r.norm()
+
     def row(title, preview, *ways, known=()):
         prompts, answers = data[title.split()[0]]["test"], list(known)
         for i, way in enumerate(ways[: len(prompts)]):  # prompt i goes to way i mod len(ways)
@@ -739,15 +747,15 @@ def compare(model, tokenizer, data, chosen, seed):
                 answers += refusals(model, tokenizer, prompts[i :: len(ways)], preview)
         low, high = wilson(sum(answers), len(answers))
         say("", f"{title:<38}{sum(answers)}/{len(answers)} [{100 * low:.0f}, {100 * high:.0f}]")
-        refused[title] = answers
+        refused[" ".join(title.split())] = answers
 
     say("7 refusals", "held-out prompts that are refused [95 % interval]")
-    row("harmful   no intervention", 5, nullcontext())
+    row("harmful   no intervention", 4, nullcontext())
     row("harmful   direction ablated", 0, ablate(model, r))
-    row("harmful   random directions ablated", 5, *(ablate(model, x) for x in noise))
+    row("harmful   random directions ablated", 4, *(ablate(model, x) for x in noise))
     row("harmless  no intervention", 0, nullcontext())
     row("harmless  direction ablated", 0, ablate(model, r))
-    row("harmless  direction added", 5, add(model, r, layer))
+    row("harmless  direction added", 4, add(model, r, layer))
     row("harmless  random directions added", 0, *(add(model, x, layer) for x in noise))
     batch = random_batch(model, 8, 16)
     with ablate(model, r):
@@ -755,26 +763,45 @@ def compare(model, tokenizer, data, chosen, seed):
     names = orthogonalize(model, r)  # last, because it cannot be undone
     gap = (forward(model, batch) - ablated).norm() / ablated.norm()
     if gap < 1e-4:  # the same model: its replies are known
-        row("harmful   weights orthogonalized", 0, known=refused["harmful   direction ablated"])
+        row("harmful   weights orthogonalized", 0, known=refused["harmful direction ablated"])
     else:
         row("harmful   weights orthogonalized", 0, nullcontext())
     say("", f"{len(names)} parameters edited: logits {gap:.0e} of their size from the ablated ones")
     return refused
 
 
-def save(model, tokenizer, chosen, results, target):
-    """Write the edited model, its tokenizer, direction and numbers: all of it, or nothing."""
-    part = Path(f"{target}.partial-{os.getpid()}")
+# The rest of this section is the command line, and what is printed and saved.
+
+OPTIONS = f"""
+--model     tiny  one of {', '.join(MODELS)}, a hub id, or a local folder
+--harmful   {PROMPTS / 'harmful.txt'}   harmful instructions, one a line
+--harmless  {PROMPTS / 'harmless.txt'}  harmless instructions, one a line
+--n-train   128   prompts of each kind for the means
+--n-val     32    prompts of each kind for the selection
+--n-test    100   prompts of each kind for the result
+--dtype     auto  float32, bfloat16 or float16 (auto: bfloat16 on a GPU, else float32)
+--seed      0     for the tiny model and the random directions
+"""
+CLOCK = []  # (stage, when it began)
+
+
+def main(argv=None):
+    """Run the program; the exit status: 0, 1 (cannot be done), 2 (a bad flag) or 130 (Ctrl-C)."""
+    transformers.utils.logging.set_verbosity_error()  # what is wrong we say ourselves
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
     try:
-        with in_one_sentence(f"could not save to {target}"):
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            save_file({"direction": chosen.vector.clone()}, part / "direction.safetensors")
-            text = json.dumps(vars(chosen) | results, default=torch.Tensor.tolist)
-            (part / "results.json").write_text(text.replace("NaN", "null"))
-            part.rename(target)  # fails if something is there
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        run(parse(argv))
+        return 0
+    except CannotDo as error:
+        print(f"error: {escaped(' '.join(str(error).split()))[:1000]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def parse(argv):
@@ -796,59 +823,37 @@ def parse(argv):
     return args
 
 
-def run(args):
-    """The experiment."""
-    data = read_data(args)
-    CLOCK.clear()
-    say("1 model", args.model)
-    chat = model, tokenizer = load_model(args.model, args.dtype, args.seed)
-    say("", f"{len(writers(model))} writers, {model.dtype}, {model.device}")
-    filter_prompts(*chat, data)
-    say("3 directions", "held-out prompts at the last position, before any intervention:")
-    directions, along = see_kinds(*chat, data)
-    print(f"\n{layer_plot(along)}\n")
-    say("4 selection", "{} positions x {} layers, d_model {}".format(*directions[1:].shape))
-    validation = data["harmful"]["val"], data["harmless"]["val"]
-    chosen = select_direction(*chat, directions[1:], *validation, exhaustive=args.map)
-    tried, whole = (chosen.scores[name].isfinite().sum() for name in ("bypass", "kl"))
-    say("", f"measured {tried} candidates in the order of an estimate, {whole} with induce and KL",
-        f"winner: position {chosen.position}, layer {chosen.layer}" + ", relaxed" * chosen.relaxed,
-        f"  bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}: harmful prompts, ablated",
-        f"  induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}: harmless prompts, added",
-        f"  KL {chosen.kl:.3f}: what ablation changes on harmless prompts")
-    for name in chosen.scores if args.map else ["bypass"]:
-        print(f"\n{score_map(chosen, name, tokenizer, along)}\n")
-    show_knowledge(*chat, data, chosen, along)
-    say("6 replies", "the model as it is, with the direction ablated, and with it added")
-    for prompt in args.prompt:
-        print(paint(*chat, prompt, chosen, along))
-    show_replies(*chat, args.prompt or MILD_PROMPTS, chosen, 64 if args.prompt else 12)
-    refused = compare(*chat, data, chosen, args.seed)
-    if args.save:
-        say("8 save", f"the orthogonalized model, direction.safetensors, results.json: {args.save}")
-        save(*chat, chosen, {"model": args.model, "refused": refused}, args.save)
-    stages, starts = zip(*CLOCK, ("", time.time()))
-    spent = [f"{stage} {end - start:.0f}" for stage, start, end in zip(stages, starts, starts[1:])]
-    print(f"{'time':<13}in seconds: {', '.join(spent)}")
+def read_data(args):
+    """The prompts, before anything that takes long: kind -> "train", "val" or "test" -> a list."""
+    lists = {"harmful": load_prompts(args.harmful), "harmless": load_prompts(args.harmless)}
+    if both := set(lists["harmful"]) & set(lists["harmless"]):
+        raise CannotDo(f"{len(both)} prompts are in both files, such as {min(both)[:60]!r}.")
+    parts, sizes = ("train", "val", "test"), (args.n_train, args.n_val, args.n_test)
+    return {kind: dict(zip(parts, split(prompts, *sizes))) for kind, prompts in lists.items()}
 
 
-def main(argv=None):
-    """Run the program; the exit status: 0, 1 (cannot be done), 2 (a bad flag) or 130 (Ctrl-C)."""
-    transformers.utils.logging.set_verbosity_error()  # what is wrong we say ourselves
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
+def say(stage, *lines):
+    """Begin a stage of the story, or go on with it where `stage` is empty."""
+    if stage:
+        CLOCK.append((stage, time.time()))
+    for line in lines:
+        print(f"{stage:<13}{escaped(line)}", flush=True)
+        stage = ""
+
+
+def save(model, tokenizer, chosen, results, target):
+    """Write the edited model, its tokenizer, direction and numbers: all of it, or nothing."""
+    part = Path(f"{target}.partial-{os.getpid()}")
     try:
-        run(parse(argv))
-        return 0
-    except CannotDo as error:
-        print(f"error: {escaped(' '.join(str(error).split()))[:1000]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        with in_one_sentence(f"could not save to {target}"):
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            save_file({"direction": chosen.vector.clone()}, part / "direction.safetensors")
+            text = json.dumps(vars(chosen) | results, default=torch.Tensor.tolist)
+            (part / "results.json").write_text(text.replace("NaN", "null"))
+            part.rename(target)  # fails if something is there
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # %% A. A chat model small enough to train here ----------------------------------------------------
@@ -950,6 +955,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
 def once(find):
     """A function of a model that is asked once, and remembered for as long as the model lives."""
     known = weakref.WeakKeyDictionary()
+
     @wraps(find)
     def ask(model):
         if model not in known:
@@ -992,12 +998,13 @@ def differentiable(model):
 
 
 def trace_writers(model):
-    """The autograd nodes that are added to the stream, in order, and who made them: (made, writes).
+    """Find the autograd nodes that are added to the stream, in order, and what made each node.
 
-    made: node -> (name, module, the module's arguments, its output), for every module's output.
+    Returns made, node -> (name, module, its arguments, its output), and the list of nodes.
     """
     made, stream, reads, writes, stack = {}, [], [], [], set(blocks(model))
     node = lambda x: getattr(x, "grad_fn", None)
+
     def record(name, module, args, output):
         x = main_part(output)
         if args and node(args[0]):
@@ -1015,11 +1022,11 @@ def trace_writers(model):
             where = f"block {layer - 1}" if layer else "the embeddings"
             raise CannotDo(f"what {where} of {type(model).__name__} gives is no sum of the stream "
                            "and of what modules wrote: it cannot be ablated.")
-        # Zamba's blocks add to what they read, not to what they pass on: sums that are read count.
-        sums = [summands(x, start, made) for at, x in reads if layer and at == layer]
-        read = [part for some in sums if start in some for part in some if part in made]
-        writes += [part for part in dict.fromkeys(read + parts) if part is not start]
-    return made, writes
+        for at, read in reads:  # Zamba's blocks add to what they read, not to what they pass on
+            if layer and at == layer and start in summands(read, start, made):
+                parts = summands(read, start, made) + parts
+        writes += [part for part in parts if part is not start and part in made]
+    return made, list(dict.fromkeys(writes))
 
 
 def summands(node, start, made):

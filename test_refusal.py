@@ -525,7 +525,7 @@ def test_the_program_from_end_to_end(tiny, tmp_path, capsys):
         with way:
             replies = R.generate(model, tokenizer, data[kind].test)
         refused = [R.TINY_REFUSAL in reply for reply in replies]
-        assert numbers["refused"][f"{kind:<10}{name}"] == refused and least <= sum(refused) <= most
+        assert numbers["refused"][f"{kind} {name}"] == refused and least <= sum(refused) <= most
         assert re.search(rf"{row} +{sum(refused)}/40 ", out)
 
 
@@ -536,8 +536,8 @@ def check_detector(out, chosen, tiny, data):
 
     def read(kind, part):  # (prompt, 1, layer, d_model) -> (prompt, d_model)
         return R.activations(*tiny, getattr(data[kind], part), [position])[:, 0, chosen.layer]
-    for step, way in ((1, nullcontext()), (2, R.ablate(tiny[0], chosen.vector))):
-        with way:  # ablated, it is fitted on every other prompt
+    for step, way in ((1, nullcontext()), (4, R.ablate(tiny[0], chosen.vector))):
+        with way:  # ablated, it is fitted on every fourth prompt
             for position in (chosen.position, end):
                 harmful, harmless = (read(kind, "train")[::step].mean(0) for kind in KINDS)
                 along = [read(kind, "test") @ (harmful - harmless) for kind in KINDS]
