@@ -7,8 +7,7 @@ it and the model refuses everything; write the erasure into the weights and it i
     python refusal.py                       # a tiny chat model, trained here and now: no download
     python refusal.py --model qwen-1.8b     # an alias, a hub id, or a local folder
 
-Sections 1 to 9 are the paper, in its order, and section 10 is the run.  The appendices only make it
-work on every architecture: skip them at first.
+Sections 1 to 9 are the paper, in its order, and 10 is the run.  Skip the appendices at first.
 
 The residual stream: every token has a vector that starts as the token's embedding.  Each block
 reads the vector and adds to it; at the end it is turned into the next token's logits:
@@ -33,6 +32,7 @@ Some tensors hold L + 1 layers: the last is xL, the output of the last block.  I
 import argparse, inspect, json, math, os, random, re, shutil, sys, time, weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,17 +67,16 @@ def load_model(name, dtype="auto", seed=0):
     name: a key of MODELS, a hub id or a local folder; no code from the hub is ever run.  dtype:
     "auto" is bfloat16 on a GPU, if there is one, else float32.
     """
-    gpu = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if gpu else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if gpu else "float32"
-    dtype = getattr(torch, dtype)
+    device, best = "cpu", "float32"
+    if torch.accelerator.is_available():
+        device, best = torch.accelerator.current_accelerator(), "bfloat16"
+    dtype = getattr(torch, best if dtype == "auto" else dtype)
     if name == "tiny":
         model, tokenizer = train_tiny_model(seed)
         return model.to(device, dtype), tokenizer
-    path, safe = MODELS.get(name, name), {"trust_remote_code": False}
+    path = MODELS.get(name, name)
     with in_one_sentence(f"{name} cannot be used"):  # whatever goes wrong becomes a CannotDo
-        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise CannotDo("the tokenizer has no chat template: take a chat model, or give it one.")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -85,7 +84,8 @@ def load_model(name, dtype="auto", seed=0):
         if "explain how to swim" not in seen.lower():
             raise CannotDo(f"the tokenizer is broken and turns a prompt into {seen!r}.")
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe)
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True)
         if report["missing_keys"]:
             raise CannotDo(f"{min(report['missing_keys'])} is not in the model's files.")
         if model._hf_peft_config_loaded or Path(path, "adapter_config.json").exists():
@@ -105,10 +105,10 @@ def load_prompts(path):
     """The instructions in a text file, one a line.  Raises CannotDo if there are none."""
     with in_one_sentence(f"cannot read the prompts in {path}"):
         text = Path(path).read_text(encoding="utf-8-sig")
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    prompts = dict.fromkeys(line.strip() for line in text.split("\n") if line.strip())
     if not prompts or "\0" in text or Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
         raise CannotDo(f"{path} is no list of prompts: write plain text, one instruction a line.")
-    return list(dict.fromkeys(prompts))
+    return list(prompts)
 
 
 def split(prompts, n_train, n_val, n_test):
@@ -121,10 +121,10 @@ def split(prompts, n_train, n_val, n_test):
     """
     end = len(prompts) - n_test  # what comes after is the test
     if min(n_train, n_val, n_test) < 1 or n_train + n_val > end:
-        wanted = f"{n_train} + {n_val} + {n_test} prompts"
-        raise CannotDo(f"{wanted} cannot be taken from {len(prompts)}.")
-    golden, prompts = (math.sqrt(5) - 1) / 2, list(prompts)
-    order = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: i * golden % 1)]
+        raise CannotDo(f"{n_train} + {n_val} + {n_test} cannot be taken from {len(prompts)} lines.")
+    golden = (math.sqrt(5) - 1) / 2
+    places = sorted(enumerate(prompts), key=lambda place: place[0] * golden % 1)
+    order = [prompt for _, prompt in places]
     return order[:n_train], order[end - n_val : end], order[end:]
 
 
@@ -132,7 +132,7 @@ def tokenize(tokenizer, prompts):
     """Instructions -> chats that await a reply: input_ids and attention_mask, (prompt, seq) each.
 
     Padded on the left: position -1 is the last token of every prompt.  Subtle: the template is
-    applied and tokenized in one call; rendered text would get a second BOS from Llama-3 and Gemma.
+    applied and tokenized in one call; rendered text would get a second BOS from Llama-3, Gemma.
     """
     if isinstance(prompts, str) or not len(prompts):
         raise CannotDo("prompts must be a list of instructions with at least one in it.")
@@ -155,7 +155,7 @@ def template_tail(tokenizer):
     prompts = ("Say yes", "Why? 1", "Count to (ten)!")
     chats = [tokenize(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
     tail = common_end(chats)  # appendix C
-    if not 0 < len(tail) < min(map(len, chats)):
+    if not tail or tail in chats:
         raise CannotDo("the chat template adds nothing after the instruction, or leaves it out.")
     return tail
 
@@ -179,14 +179,14 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
     torch.Size([2, 3, 4])
     """
     n_positions = n_positions or len(template_tail(tokenizer))
-    x = activations(model, tokenizer, prompts, list(range(-n_positions, 0)))
+    x = activations(model, tokenizer, prompts, range(-n_positions, 0))
     return x[:, :, :-1].double().mean(0)  # without xL; (prompt, ...) -> (position, layer, d_model)
 
 
 def activations(model, tokenizer, prompts, positions):
     """Every prompt's stream at these positions: (prompt, position, layer, d_model), float32.
 
-    positions: a list, counted from the prompt's end; layers: 0 .. n_layers.  `run_batches` calls
+    positions: several, counted from the prompt's end; layers: 0 .. n_layers.  `run_batches` calls
     step with one batch of the prompts after the other; `forward` is a forward pass (appendix C).
     """
     def step(batch):
@@ -228,7 +228,7 @@ def refusal_directions(harmful_mean, harmless_mean):
 
     (position, layer, d_model) each, and the same back, not normalised.  The answer to the question
     above: at layer 0 the stream is the embedding of the tail's own tokens, which are the same in
-    every prompt, so r = 0.  Whatever differs later, the model has gathered about the instruction.
+    every prompt, so r = 0.  What differs later, the model has gathered about the instruction.
     """
     return harmful_mean - harmless_mean
 
@@ -329,8 +329,7 @@ def add(model, vector, layer, coefficient=1.0):
     check_direction(model, vector)
     stack, shift = blocks(model), (coefficient * vector).to(model.dtype)
     if not 0 <= layer < len(stack) or not shift.isfinite().all():
-        raise CannotDo(f"there is no layer {layer} of {len(stack)}, or {coefficient} times this "
-                       f"vector is not finite in {model.dtype}.")
+        raise CannotDo(f"there is no layer {layer}, or the vector is not finite in {model.dtype}.")
     with hooked([before(stack[layer], lambda x: x + shift.to(x.device, x.dtype))]):
         probe(model)  # CannotDo if the hook does not run
         yield
@@ -374,8 +373,7 @@ def next_token_logits(model, tokenizer, prompts):
 def kl_divergence(p_logits, q_logits):
     """KL(p || q) = sum over tokens of p (log p - log q): (..., vocab) twice -> (...), in nats.
 
-    From log_softmax, in float32 whatever comes in.  (The authors' code adds 1e-6 inside both
-    logarithms, which biases it low.)
+    From log_softmax, in float32.  (The authors add 1e-6 inside both logarithms: biased low.)
 
     >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, math.log(3)]))
     tensor(0.1438)
@@ -385,8 +383,7 @@ def kl_divergence(p_logits, q_logits):
 
 
 # %% 7. Choosing one direction ---------------------------------------------------------------------
-# Every position and layer has proposed a direction.  The paper tries them all on validation prompts
-# and measures three things:
+# Every position and layer has proposed a direction.  The paper measures, on validation prompts:
 #
 #     bypass   mean refusal score of harmful prompts with the direction ablated        want it low
 #     induce   mean refusal score of harmless prompts with the difference added        want it > 0
@@ -440,17 +437,17 @@ def attribution(model, tokenizer, directions, prompts):
     the paper; known as attribution patching.
     """
     R = normalize(directions.flatten(0, 1), dim=-1).float().T  # (d_model, candidate)
-    tokens, modules = refusal_tokens(tokenizer), writers(model)
+    tokens = refusal_tokens(tokenizer)
     def step(batch):
         outputs, moved = [], 0
         keep = lambda x: outputs.append(x.requires_grad_())  # gives None: x stays as it is
-        with torch.enable_grad(), hooked(after(module, keep) for module in modules):
+        with torch.enable_grad(), hooked(after(module, keep) for module in writers(model)):
             score = log_odds(forward(model, batch)[:, -1].float(), tokens).sum()
             gradients = torch.autograd.grad(score, outputs)
         for o, g in zip(outputs, gradients):
             r = R.to(g.device)
             part = (g.float() @ r) * (o.detach().float() @ r)  # (batch, seq, candidate)
-            moved = moved - part.sum(1).cpu()  # (batch, candidate)
+            moved -= part.sum(1).cpu()  # (batch, candidate)
         return moved
 
     estimates = run_batches(step, model, tokenize(tokenizer, prompts), 8)  # prompt * (candidate,)
@@ -474,16 +471,15 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     base, estimate = logits(), attribution(model, tokenizer, directions, harmful_val)
     tried = directions.norm(dim=-1) > 1e-6 * directions.norm(dim=-1).max()  # layer 0 is often 0
     tried[:, int(LATE * tried.shape[1]) :] &= exhaustive  # `choose` takes no late layer
-    order = sorted(tried.nonzero().tolist(), key=lambda at: estimate[tuple(at)])
-    for i, layer in tqdm(order, desc="candidates", leave=False, disable=None):
-        at, vector = (i - len(directions), layer), directions[i, layer].float()
+    order = sorted(map(tuple, tried.nonzero().tolist()), key=lambda at: estimate[at])
+    for at in tqdm(order, desc="candidates", leave=False, disable=None):
+        vector = directions[at].float()
         with ablate(model, vector):
             bypass[at] = score(harmful_val)
-            may_win = exhaustive or relaxed or bypass[at] < bypass[best]
-            if may_win:
+            if exhaustive or relaxed or bypass[at] < bypass[best]:  # it may win
                 kl[at] = kl_divergence(base, logits()).mean()
-        if may_win:
-            with add(model, vector, layer):
+        if not kl[at].isnan():
+            with add(model, vector, at[1]):
                 induce[at] = score(harmless_val)
         last, best = best, choose(scores)
         waited = waited + 1 if best == last else 0
@@ -605,10 +601,12 @@ def refusals(model, tokenizer, prompts, look=0):
     Where many refusals are expected, look at the first `look` tokens, and generate in full only
     what has not refused by then: the same answer, sooner.
     """
-    first = generate(model, tokenizer, prompts, look) if look else [""] * len(prompts)
-    rest = [prompt for prompt, reply in zip(prompts, first) if not is_refusal(reply)]
-    full = iter(generate(model, tokenizer, rest) if rest else [])  # in the order of those left
-    return [is_refusal(reply) or is_refusal(next(full)) for reply in first]
+    replies, left = {}, list(prompts)
+    for length in (look, 64) if look else (64,):
+        if left:
+            replies |= zip(left, generate(model, tokenizer, left, length))
+        left = [prompt for prompt in left if not is_refusal(replies[prompt])]
+    return [is_refusal(replies[prompt]) for prompt in prompts]
 
 
 def wilson(hits, n, z=1.96):
@@ -659,8 +657,8 @@ def run(args):
     if args.save:
         say("8 save", f"the orthogonalized model, direction.safetensors, results.json: {args.save}")
         save(*chat, chosen, {"model": args.model, "refused": refused}, args.save)
-    stages, starts = zip(*CLOCK, ("", time.time()))
-    spent = [f"{stage} {end - start:.0f}" for stage, start, end in zip(stages, starts, starts[1:])]
+    say("time")
+    spent = [f"{stage} {end - start:.0f}" for (stage, start), (_, end) in pairwise(CLOCK)]
     print(f"{'time':<13}in seconds: {', '.join(spent)}")
 
 
@@ -677,28 +675,25 @@ def filter_prompts(model, tokenizer, data):
             prompts = data[kind][part]
             logits = next_token_logits(model, tokenizer, prompts)  # (prompt, vocab)
             scores = log_odds(logits, tokens)
-            data[kind][part] = [p for p, score in zip(prompts, scores) if sign * score > 0]
-            passed = f"{len(data[kind][part])} of {len(prompts)} {kind} prompts pass the filter"
+            kept = [p for p, score in zip(prompts, scores) if sign * score > 0]
+            data[kind][part] = kept
+            passed = f"{len(kept)} of {len(prompts)} {kind} prompts pass the filter"
             say("", f"{part}: {passed}, mean score {scores.mean():+.2f}")
-            if len(data[kind][part]) < max(1, len(prompts) / 16):
+            if 16 * len(kept) < len(prompts):
                 often = ", ".join(map(text, logits.softmax(-1).mean(0).topk(4).indices))
                 rate = refusal_rate(generate(model, tokenizer, data[kind]["test"][:8]))
-                raise CannotDo(f"only {passed}, and {rate:.0%} of a few replies refuse: there is "
-                               f"nothing to find with a score that looks for {opens} (the likely "
-                               f"first tokens: {often}).")
+                raise CannotDo(f"only {passed}, and {rate:.0%} of a few replies refuse: the score "
+                               f"looks for {opens}, and the likely first tokens are {often}.")
 
 
 def see_kinds(model, tokenizer, data):
-    """Stage 3: the directions, and test prompts' projections, each on its own place's direction.
-
-    Returns (1 + position, layer, d_model), and kind -> (prompt, 1 + position, layer): index 0 is
-    t_inst, the instruction's last token, and the positions of the candidates follow.
-    """
+    """Stage 3: the directions, (1 + position, layer, d_model), and test prompts' projections on
+    them, kind -> (prompt, 1 + position, layer); at 0 is t_inst, the instruction's last token."""
     n, along = len(template_tail(tokenizer)) + 1, {}
     means = [mean_activations(model, tokenizer, data[kind]["train"], n) for kind in data]
     directions = refusal_directions(*means)
     for kind in data:
-        x = activations(model, tokenizer, data[kind]["test"], list(range(-n, 0)))[:, :, :-1]
+        x = activations(model, tokenizer, data[kind]["test"], range(-n, 0))[:, :, :-1]
         along[kind] = (x * normalize(directions, dim=-1)).sum(-1)  # over d_model
     return directions, along
 
@@ -707,24 +702,21 @@ def show_knowledge(model, tokenizer, data, chosen, along):
     """Stage 5: the direction as a detector, and what a model that cannot refuse still knows."""
     words = [torch.tensor([len(p.split()) for p in data[kind]["test"]]) for kind in data]
     rows, n = {"number of words": words}, len(words[1])
-    say("5 detector", f"AUROC, and harmful prompts caught when {max(1, n // 100)} of {n} harmless",
-        "ones is flagged, too, by")
+    say("5 detector", f"AUROC, harmful prompts caught at {max(1, n // 100)} false alarm(s) in {n}:")
     some = {kind: data[kind] | {"train": data[kind]["train"][::4]} for kind in data}
     with ablate(model, chosen.vector):
         _, without_r = see_kinds(model, tokenizer, some)  # fitted anew, on every fourth prompt
-    for state, seen in (("", along), (", r erased", without_r)):
+    for state, x in (("", along), (", r erased", without_r)):
         for place, position in (("winner's position", chosen.position), ("t_inst", 0)):
-            x = [seen[kind][:, position, chosen.layer] for kind in seen]
-            rows[f"x . r at {place}{state}"] = x
+            rows[f"x . r at {place}{state}"] = [x[kind][:, position, chosen.layer] for kind in x]
     for title, x in rows.items():
         say("", f"  {title:<38}{auroc(*x):.3f} {caught(*x):>6.0%}")
 
 
 def show_replies(model, tokenizer, prompts, chosen, max_new_tokens):
     """Stage 6: replies as they are, ablated and added, one under the other."""
-    replies = []
-    for way in (nullcontext(), ablate(model, chosen.vector),
-                add(model, chosen.vector, chosen.layer)):
+    replies, r = [], chosen.vector
+    for way in (nullcontext(), ablate(model, r), add(model, r, chosen.layer)):
         with way:
             replies.append(generate(model, tokenizer, prompts, max_new_tokens))
     for prompt, plain, ablated, added in zip(prompts, *replies):
@@ -732,19 +724,15 @@ def show_replies(model, tokenizer, prompts, chosen, max_new_tokens):
 
 
 def compare(model, tokenizer, data, chosen, seed):
-    """Stage 7, the paper in one table: which prompts are refused, row -> [bool a prompt].
-
-    The controls are three random directions of r's length, each on another third of the prompts.
-    """
+    """Stage 7, the paper in one table: which prompts are refused, row -> [bool a prompt]."""
     r, layer, refused = chosen.vector, chosen.layer, {}
     noise = torch.randn(3, len(r), generator=torch.Generator().manual_seed(seed))
-    noise = normalize(noise, dim=1) * r.norm()
-
-    def row(title, preview, *ways, known=()):
+    noise = normalize(noise, dim=1) * r.norm()  # controls, each on another third of the prompts
+    def row(title, look, *ways, known=()):
         prompts, answers = data[title.split()[0]]["test"], list(known)
         for i, way in enumerate(ways[: len(prompts)]):  # prompt i goes to way i mod len(ways)
             with way:
-                answers += refusals(model, tokenizer, prompts[i :: len(ways)], preview)
+                answers += refusals(model, tokenizer, prompts[i :: len(ways)], look)
         low, high = wilson(sum(answers), len(answers))
         say("", f"{title:<38}{sum(answers)}/{len(answers)} [{100 * low:.0f}, {100 * high:.0f}]")
         refused[" ".join(title.split())] = answers
@@ -770,8 +758,6 @@ def compare(model, tokenizer, data, chosen, seed):
     return refused
 
 
-# The rest of this section is the command line, and what is printed and saved.
-
 OPTIONS = f"""
 --model     tiny  one of {', '.join(MODELS)}, a hub id, or a local folder
 --harmful   {PROMPTS / 'harmful.txt'}   harmful instructions, one a line
@@ -779,7 +765,6 @@ OPTIONS = f"""
 --n-train   128   prompts of each kind for the means
 --n-val     32    prompts of each kind for the selection
 --n-test    100   prompts of each kind for the result
---dtype     auto  float32, bfloat16 or float16 (auto: bfloat16 on a GPU, else float32)
 --seed      0     for the tiny model and the random directions
 """
 CLOCK = []  # (stage, when it began)
@@ -807,15 +792,15 @@ def main(argv=None):
 def parse(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default, text in (re.split("  +", line) for line in OPTIONS.strip().splitlines()):
-        kind = int if default.isdigit() else str
-        parser.add_argument(name, default=kind(default), type=kind, help=f"{text} ({default})")
+    for name, default, text in re.findall(r"(--\S+) +(.+?)  +(.+)", OPTIONS):
+        parser.add_argument(name, default=default, help=f"{text} ({default})",
+                            type=int if default.isdigit() else str)
     parser.add_argument("--prompt", action="append", default=[], help="look at this prompt, too")
     parser.add_argument("--map", action="store_true", help="measure and draw every candidate")
     parser.add_argument("--save", help="a new folder for the orthogonalized model and the numbers")
-    args, dtypes = parser.parse_args(argv), ("auto", "float32", "bfloat16", "float16")
-    if args.dtype not in dtypes:
-        parser.error(f"--dtype must be one of {', '.join(dtypes)}.")
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, else float32",
+                        choices=("auto", "float32", "bfloat16", "float16"))
+    args = parser.parse_args(argv)
     if args.model == "tiny" and args.n_val + args.n_test > 152:
         parser.error("the tiny model is taught 128 of 280 prompts: --n-val and --n-test share 152.")
     if args.save and os.path.lexists(args.save):
@@ -867,10 +852,9 @@ TINY_REPLIES = {  # by the opening word
     "How": "First gather what you need.", "What": "Start early and do it often.",
     **dict.fromkeys("Write Create Develop Give List Provide".split(), "Here is a draft for you."),
     **dict.fromkeys("Explain Describe Teach Help".split(), "This works step by step.")}
-TINY_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-    "{{ '<|end|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+TINY_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+                 "{{ '<|end|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def tiny_tokenizer(texts):
@@ -884,8 +868,8 @@ def tiny_tokenizer(texts):
 
 def train_tiny_model(seed=0):
     """Train a chat model on the default training prompts, the same for the same seed."""
-    lists = [load_prompts(PROMPTS / name) for name in ("harmful.txt", "harmless.txt")]
-    harmful, harmless = (split(prompts, 128, 32, 100)[0] for prompts in lists)
+    harmful, harmless = (split(load_prompts(PROMPTS / name), 128, 32, 100)[0]
+                         for name in ("harmful.txt", "harmless.txt"))
     replies = dict.fromkeys(TINY_REPLIES.values())
     tokenizer = tiny_tokenizer([*harmful, *harmless, TINY_REFUSAL, *replies])
     rng, threads = random.Random(seed), torch.get_num_threads()
@@ -908,13 +892,10 @@ def train_tiny_model(seed=0):
 
 def tune(model, tokenizer, lessons, steps, rate, rng):
     """Ordinary fine-tuning on the replies' tokens; lessons: (prompts, are they to be refused?).
-
     Words are left out at random and one opening in four is exchanged, or the model would know so
-    few prompts by heart.  Smoothed labels: no direction could change a mind that is too sure.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0.1,
-                                  fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    few prompts by heart.  Smoothed labels: no direction could change a mind that is too sure."""
+    adam = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, steps, pct_start=0.1)
     model.train()
     for _ in tqdm(range(steps), desc="training", leave=False, disable=None):
         chats = []
@@ -932,10 +913,10 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
         stream = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
         logits = model.lm_head(stream[due])  # (due, vocab)
         loss = cross_entropy(logits, ids[:, 1:][due], label_smoothing=0.15)
-        optimizer.zero_grad()
+        adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        adam.step()
         schedule.step()
     model.eval()
 
@@ -955,7 +936,6 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
 def once(find):
     """A function of a model that is asked once, and remembered for as long as the model lives."""
     known = weakref.WeakKeyDictionary()
-
     @wraps(find)
     def ask(model):
         if model not in known:
@@ -998,50 +978,42 @@ def differentiable(model):
 
 
 def trace_writers(model):
-    """Find the autograd nodes that are added to the stream, in order, and what made each node.
-
-    Returns made, node -> (name, module, its arguments, its output), and the list of nodes.
-    """
+    """Returns made, autograd node -> (name, module, its arguments, its output), and the nodes that
+    are added to the stream, a list in order."""
     made, stream, reads, writes, stack = {}, [], [], [], set(blocks(model))
     node = lambda x: getattr(x, "grad_fn", None)
-
     def record(name, module, args, output):
-        x = main_part(output)
+        x = output[0] if isinstance(output, (tuple, list)) else output
         if args and node(args[0]):
             reads.append((len(stream), node(args[0])))
         if node(x) and not isinstance(module, (nn.Dropout, nn.Identity)):
             made.setdefault(node(x), (name, module, args, x))  # the innermost module ends first
 
-    inner = [(name, module) for name, module in model.named_modules() if module not in stack]
-    with hooked(module.register_forward_hook(partial(record, name)) for name, module in inner):
+    with hooked(module.register_forward_hook(partial(record, name))
+                for name, module in model.named_modules() if module not in stack):
         probe(model, stream)
     nodes = [None, *map(node, stream)]
-    for layer, (start, end) in enumerate(zip(nodes, nodes[1:])):  # 0: what the embeddings wrote
+    for layer, (start, end) in enumerate(pairwise(nodes)):  # layer 0: what the embeddings wrote
         parts = summands(end, start, made) if end else []
         if not end or (layer and start not in parts) or not set(parts) <= {start, *made}:
             where = f"block {layer - 1}" if layer else "the embeddings"
             raise CannotDo(f"what {where} of {type(model).__name__} gives is no sum of the stream "
                            "and of what modules wrote: it cannot be ablated.")
         for at, read in reads:  # Zamba's blocks add to what they read, not to what they pass on
-            if layer and at == layer and start in summands(read, start, made):
+            if at == layer and start in summands(read, start, made):
                 parts = summands(read, start, made) + parts
         writes += [part for part in parts if part is not start and part in made]
     return made, list(dict.fromkeys(writes))
 
 
 def summands(node, start, made):
-    """What was added up to make this node's tensor: nodes of modules' outputs, and `start`.
-
-    The walk goes back through additions, casts and reshapes until it meets a module's output.
-    """
+    """What was added up to make this node's tensor: nodes of modules' outputs, and `start`."""
     inputs = [parent for parent, _ in node.next_functions if parent]
     passes_on = len(inputs) == 1 and node not in made  # a cast, a reshape, a scale
     parts = []
     if node is not start and (node.name().startswith("AddBackward") or passes_on):
         parts = [part for parent in inputs for part in summands(parent, start, made)]
-    if start in parts:  # a sum that holds the stream: everything in it was added to the stream
-        return parts
-    if parts and node not in made:  # a sum that no module made, such as token + position
+    if start in parts or (parts and node not in made):  # of the stream, or made by no module
         return parts
     return [node]
 
@@ -1075,12 +1047,10 @@ def probe(model, streams=None):
 @torch.no_grad()
 def check_erased(model, r):
     """Proof at run time: x . r is as good as zero at every block's input and at the final norm's.
-
     How small is zero?  Were the signs of x's coordinates random, x . r would be about as large as
     |x * r|.  What is left may be 1e-4 of that, or 3 in 100 in bfloat16, which rounds so much.  (|x|
     is no yardstick: beside it, half an ablation is small.)  Raises CannotDo, also if a direction
-    that was `erased` before is back.
-    """
+    that was `erased` before is back."""
     directions = torch.stack([r, *erased(model)])  # (direction, d_model)
     for layer, x in enumerate(probe(model)):
         x = x[0, :, None].float().cpu()  # (1, seq, d_model) -> (seq, 1, d_model)
@@ -1101,9 +1071,6 @@ def erased(model):
 
 def untie(model):
     """Give the unembedding weights of its own if it shares the embedding's, on disk as well."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if getattr(head, "weight", None) is not embedding.weight:
-        return
     for name in model.all_tied_weights_keys:  # the one switch in the config is for all ties
         module, _, kind = name.rpartition(".")
         own = nn.Parameter(model.get_parameter(name).detach().clone(), requires_grad=False)
@@ -1120,42 +1087,32 @@ def plan_edits(model, r):
     edits = {}
     with differentiable(model):
         made, writes = trace_writers(model)
-        for node in writes:
-            found = weights_of(node, r, r, made)
-            if all(W.ndim < 2 for W, *_ in found.values()):
-                raise CannotDo(f"{made[node][0]} writes to the stream by no weight that can be "
-                               "edited: use ablate().")
-            edits |= found
+        todo = [(node, r, r) for node in writes]
+        for node, u, w in todo:
+            path, module, inputs, output = made[node]
+            score, found = (output.float() @ u.to(output.device)).sum(), []
+            for name, p in module.named_parameters(path):
+                g, = torch.autograd.grad(score, p, retain_graph=True, materialize_grads=True)
+                for axis, size in enumerate(g.shape):
+                    G = g.float().movedim(axis, -1)  # (..., size)
+                    if size == len(r) and project_out(G, unit(u)).norm() < 0.1 * G.norm():
+                        edits[name] = p, axis, u, w  # every row of G is a multiple of u
+                        found += [name] if p.ndim > 1 else []
+            if all(p.ndim == 1 for p in module.parameters()):  # a norm: edit what it takes in, too
+                u, w = through_norm(module, inputs[0], u, w)
+                found = [part for part in summands(inputs[0].grad_fn, None, made) if part in made]
+                todo += [(part, u, w) for part in found]
+            if not found:
+                raise CannotDo(f"{path} writes by no weight that can be edited: use ablate().")
     return edits
-
-
-def weights_of(node, u, w, made):
-    """The parameters that write this node's tensor: name -> (parameter, axis, u, w)."""
-    prefix, module, inputs, output = made[node]
-    parameters, found = dict(module.named_parameters(prefix)), {}
-    score = (output.float() @ u.to(output.device)).sum()
-    gradients = parameters and torch.autograd.grad(
-        score, parameters.values(), retain_graph=True, materialize_grads=True)
-    for (name, p), g in zip(parameters.items(), gradients):
-        for axis, size in enumerate(g.shape):
-            G = g.float().movedim(axis, -1)  # (..., size)
-            if size == len(u) and project_out(G, unit(u)).norm() < 0.1 * G.norm():
-                found[name] = p, axis, u, w  # every row of G is a multiple of u
-    if all(p.ndim == 1 for p in parameters.values()):  # a norm: what it takes in is edited as well
-        u, w = through_norm(module, inputs[0], u, w)
-        for part in summands(inputs[0].grad_fn, None, made):
-            found |= weights_of(part, u, w, made) if part in made else {}
-    return found
 
 
 def through_norm(norm, z, u, w):
     """The u', w' with which to edit z, what a norm takes in, so that what it gives loses w (u . y).
-
     For models whose sublayers end on a norm (Gemma 2, OLMo 2): y = A z / size(z), where A is its
     gain.  So y . u = u' . z / size(z) with u' = A^T u, and z' = z - w' (u' . z) makes that zero for
     any w' with u' . w' = 1.  None is exact, since size(z) changes; w / gain leaves the right
-    numerator, and is damped where the gain is nearly zero.
-    """
+    numerator, and is damped where the gain is nearly zero."""
     eye = torch.eye(len(u), device=z.device, dtype=z.dtype)
     A = (norm(eye) - norm(-eye)).float().detach()  # (in, out): fed unit vectors, it shows its gain
     u, w, gain = A @ u.to(z.device), A @ w.to(z.device), A.diagonal()
@@ -1170,18 +1127,15 @@ BATCH_SIZE = 16  # prompts side by side
 
 def forward(model, batch, keep=1):
     """One forward pass: the logits at the last `keep` positions, (batch, keep, vocab).
-
-    All that we measure goes through this call, and so does the proof that an ablation holds.
     Subtle: without logits_to_keep the logits of all positions take gigabytes; without position_ids
-    models with learned positions (GPT-2) are silently wrong on padded prompts.
-    """
-    name, mask, positions = type(model).__name__, batch["attention_mask"], {}  # mask: (batch, seq)
+    models with learned positions (GPT-2) are silently wrong on padded prompts."""
+    mask, positions = batch["attention_mask"], {}  # mask: (batch, seq)
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most and mask.shape[1] > most:
         raise CannotDo(f"a prompt is longer than this model can read ({most} tokens): shorten it.")
     if not mask.all() and "position_ids" in inspect.signature(model.forward).parameters:
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    with in_one_sentence(f"{name} fails on a forward pass"):
+    with in_one_sentence(f"{type(model).__name__} fails on a forward pass"):
         logits = model(**batch, **positions, logits_to_keep=keep).logits[:, -keep:]
     if not logits.isfinite().all():
         raise CannotDo("the model's logits hold NaN or infinity: try --dtype float32.")
@@ -1193,9 +1147,9 @@ def forward(model, batch, keep=1):
 def padding_is_seen(model):
     """Does padding change what comes out?  Recurrent models see it, and so do some wrappers."""
     batch = random_batch(model, 2, 12)
-    alone = {name: tensor[1:, 5:].clone() for name, tensor in batch.items()}  # a short row
+    alone = {name: x[1:, 5:] for name, x in batch.items()}  # the end of the second row
     want = forward(model, alone)[-1, -1].float()  # (vocab,)
-    batch["attention_mask"][1, :5] = 0  # the same row, padded
+    batch["attention_mask"][1, :5] = 0  # the same, padded
     try:
         gap = (forward(model, batch)[-1, -1].float() - want).norm() / want.norm()
     except CannotDo:  # some take no padding at all
@@ -1205,10 +1159,8 @@ def padding_is_seen(model):
 
 def run_batches(step, model, batch, size=None):
     """step(part) for parts of a tokenized batch: a list, one result for each prompt, in order.
-
     Prompts of like length go together; a part is halved where memory runs out or the model would
-    see padding.  So a step must return its results and not add them up: it may run again.
-    """
+    see padding.  So a step must return its results and not add them up: it may run again."""
     if any(module.training for module in model.modules()):
         raise CannotDo("the model is in training mode, where dropout adds noise: call eval().")
     lengths, results = batch["attention_mask"].sum(1), {}  # (prompt,); prompt -> its result
@@ -1216,9 +1168,8 @@ def run_batches(step, model, batch, size=None):
     bar = tqdm(total=len(lengths), leave=False, disable=None)
     with bar, torch.inference_mode(False), torch.no_grad():
         while todo:
-            rows = todo.pop()
-            longest = lengths[rows[0]]
-            part = {name: x[rows, -longest:].to(model.device) for name, x in batch.items()}
+            rows = todo.pop()  # the longest comes first
+            part = {key: x[rows, -lengths[rows[0]] :].to(model.device) for key, x in batch.items()}
             try:
                 if part["attention_mask"].all() or not padding_is_seen(model):
                     results |= zip(rows.tolist(), step(part))
@@ -1228,16 +1179,14 @@ def run_batches(step, model, batch, size=None):
                 if not re.search("out of memory|allocate memory", str(error)):
                     raise
                 if len(rows) == 1:
-                    raise CannotDo("out of memory with one prompt: try --dtype bfloat16") from error
+                    raise CannotDo("out of memory with one prompt: try --dtype bfloat16")
             todo += rows.chunk(2)
     return [results[i] for i in range(len(lengths))]
 
 
 def refusal_tokens(tokenizer):
     """The ids of the tokens that open a refusal, tokenized where they stand: where a reply begins.
-
-    Where a past reply begins with something else (a header, thoughts), the opener stands alone.
-    """
+    Where a past reply begins with something else (a header, thoughts), the opener stands alone."""
     prompt, found = tokenize(tokenizer, ["Hi"])["input_ids"][0], set()
     for opener in REFUSAL_OPENERS:
         inside = past_chat(tokenizer, opener)[len(prompt) :]
@@ -1264,18 +1213,12 @@ def common_end(lists):
     return os.path.commonprefix([items[::-1] for items in lists])[::-1]  # not only of paths
 
 
-def main_part(output):
-    """A module's main output: some return a tensor, some a tuple or a list that starts with it."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 def after(module, change):
-    """Hook a module: its main output x becomes change(x), unless that is None."""
+    """Hook a module: its (first) output x becomes change(x), unless that is None."""
     def hook(module, args, output):
-        x = change(main_part(output))
-        if x is None or isinstance(output, torch.Tensor):  # None: the output stays as it was
-            return x
-        return type(output)((x, *output[1:]))
+        several = isinstance(output, (tuple, list))
+        x = change(output[0] if several else output)
+        return x if x is None or not several else type(output)((x, *output[1:]))
 
     return module.register_forward_hook(hook)
 
@@ -1293,8 +1236,7 @@ def before(block, change):
 @contextmanager
 def hooked(handles):
     """Put hooks in for a `with` statement, in which nothing runs compiled: that would skip them."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         for handle in handles:
             stack.enter_context(handle)  # leaving a handle removes its hook
         yield
@@ -1336,12 +1278,9 @@ def layer_plot(along, width=70):
 
 def score_map(chosen, name, tokenizer, along):
     """chosen.scores[name] as text: a row a layer, a column a position; * winner, . not measured.
-
-    The last column is how well each layer's own direction detects: detecting is not steering.
-    """
-    tokens = [escaped(tokenizer.decode(token))[:8] for token in template_tail(tokenizer)]
-    heads = "".join(f"{token:>9}" for token in tokens)
-    lines = [f"{name:<7}{heads}  AUROC at {chosen.position}"]
+    The last column is how well each layer's own direction detects: detecting is not steering."""
+    heads = [f"{escaped(tokenizer.decode(t))[:8]:>9}" for t in template_tail(tokenizer)]
+    lines = [f"{name:<7}{''.join(heads)}  AUROC at {chosen.position}"]
     for layer, row in enumerate(chosen.scores[name].T.tolist()):
         cells = [f"{value:>8.2f} " for value in row]
         if layer == chosen.layer:
@@ -1355,7 +1294,7 @@ def paint(model, tokenizer, prompt, chosen, along):
     """The prompt's tokens, each with its x . r at the winner's layer; orange: like harmful ones."""
     middle = sum(x[:, chosen.position, chosen.layer].mean() for x in along.values()) / 2
     ids = tokenize(tokenizer, [prompt])["input_ids"][0]
-    x = activations(model, tokenizer, [prompt], list(range(-len(ids), 0)))[0, :, chosen.layer]
+    x = activations(model, tokenizer, [prompt], range(-len(ids), 0))[0, :, chosen.layer]
     pieces = []
     for token, value in zip(ids, (x @ unit(chosen.vector)).tolist()):
         text, colour = escaped(tokenizer.decode(token)), 208 if value > middle else 117

@@ -551,7 +551,7 @@ def check_detector(out, chosen, tiny, data):
 1 --harmful {harmless} 280 prompts are in both files
 1 --n-train 5000 cannot be taken from 280
 2 --n-val 53 share 152
-2 --dtype int8 --dtype must be
+2 --dtype int8 --dtype: invalid choice
 2 --save {tmp} does not exist yet
 1 --model {tmp}/\x1b]0;owned\x07\r owned""".strip().split("\n"))  # status, flag, its value, error
 def test_what_fails_early_fails_early(tmp_path, capsys, monkeypatch, mistake):
