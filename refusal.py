@@ -478,7 +478,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
             bypass[at] = score(harmful_val)
             if exhaustive or relaxed or bypass[at] < bypass[best]:  # it may win
                 kl[at] = kl_divergence(base, logits()).mean()
-        if not kl[at].isnan():
+        if exhaustive or kl[at] <= KL_MAX:
             with add(model, vector, at[1]):
                 induce[at] = score(harmless_val)
         last, best = best, choose(scores)
