@@ -461,8 +461,8 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
             measure bypass, and if it may win, KL and induce
             stop if the last PATIENCE candidates brought nothing better
 
-    exhaustive: measure all, as the paper does.  Returns a namespace: position, layer, vector, the
-    bypass, induce and kl, base_bypass, base_induce, scores (tables), relaxed (induce no filter).
+    exhaustive=True measures all, as the paper does.  Returns a namespace: position, layer, vector,
+    bypass, induce, kl, base_bypass, base_induce, scores (the tables), relaxed (no induce filter).
     """
     bypass, induce, kl = torch.full((3, *directions.shape[:2]), math.nan)  # tables, to be filled
     scores, best, relaxed, waited = {"bypass": bypass, "induce": induce, "kl": kl}, None, True, 0
@@ -702,7 +702,7 @@ def show_knowledge(model, tokenizer, data, chosen, along):
     """Stage 5: the direction as a detector, and what a model that cannot refuse still knows."""
     words = [torch.tensor([len(p.split()) for p in data[kind]["test"]]) for kind in data]
     rows, n = {"number of words": words}, len(words[1])
-    say("5 detector", f"AUROC, harmful prompts caught at {max(1, n // 100)} false alarm(s) in {n}:")
+    say("5 detector", f"AUROC, harmful prompts caught (false alarms {max(1, n // 100)} of {n}), by")
     some = {kind: data[kind] | {"train": data[kind]["train"][::4]} for kind in data}
     with ablate(model, chosen.vector):
         _, without_r = see_kinds(model, tokenizer, some)  # fitted anew, on every fourth prompt
@@ -1028,9 +1028,8 @@ def check_direction(model, direction):
 
 def random_batch(model, rows, length):
     """Random tokens, (rows, length), none of them padding; the same at every call."""
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
+    same, vocab = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocab, (rows, length), generator=same).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -1088,11 +1087,11 @@ def plan_edits(model, r):
     with differentiable(model):
         made, writes = trace_writers(model)
         todo = [(node, r, r) for node in writes]
-        for node, u, w in todo:
+        for node, u, w in todo:  # which grows where a norm is met
             path, module, inputs, output = made[node]
             score, found = (output.float() @ u.to(output.device)).sum(), []
             for name, p in module.named_parameters(path):
-                g, = torch.autograd.grad(score, p, retain_graph=True, materialize_grads=True)
+                g = torch.autograd.grad(score, p, retain_graph=True, materialize_grads=True)[0]
                 for axis, size in enumerate(g.shape):
                     G = g.float().movedim(axis, -1)  # (..., size)
                     if size == len(r) and project_out(G, unit(u)).norm() < 0.1 * G.norm():
@@ -1216,9 +1215,10 @@ def common_end(lists):
 def after(module, change):
     """Hook a module: its (first) output x becomes change(x), unless that is None."""
     def hook(module, args, output):
-        several = isinstance(output, (tuple, list))
-        x = change(output[0] if several else output)
-        return x if x is None or not several else type(output)((x, *output[1:]))
+        if not isinstance(output, (tuple, list)):
+            return change(output)
+        x = change(output[0])
+        return None if x is None else type(output)((x, *output[1:]))
 
     return module.register_forward_hook(hook)
 
