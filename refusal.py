@@ -438,6 +438,7 @@ def attribution(model, tokenizer, directions, prompts):
     """
     R = normalize(directions.flatten(0, 1), dim=-1).float().T  # (d_model, candidate)
     tokens = refusal_tokens(tokenizer)
+
     def step(batch):
         outputs, moved = [], 0
         keep = lambda x: outputs.append(x.requires_grad_())  # gives None: x stays as it is
@@ -571,6 +572,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=64):
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends,
                               pad_token_id=tokenizer.pad_token_id)
     own = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
+
     def step(batch):
         with in_one_sentence(f"{type(model).__name__} cannot generate"):
             tokens = model.generate(**batch)[:, batch["input_ids"].shape[1] :]  # (batch, new)
@@ -978,8 +980,8 @@ def differentiable(model):
 
 
 def trace_writers(model):
-    """Returns made, autograd node -> (name, module, its arguments, its output), and the nodes that
-    are added to the stream, a list in order."""
+    """Find what writes.  Returns made, autograd node -> (name, module, its arguments, its output),
+    and the list of the nodes that are added to the stream, in order."""
     made, stream, reads, writes, stack = {}, [], [], [], set(blocks(model))
     node = lambda x: getattr(x, "grad_fn", None)
     def record(name, module, args, output):
@@ -1007,15 +1009,18 @@ def trace_writers(model):
 
 
 def summands(node, start, made):
-    """What was added up to make this node's tensor: nodes of modules' outputs, and `start`."""
+    """What was added up to make this node's tensor: nodes of modules' outputs, and `start`.
+    The walk goes back through additions, casts and reshapes until it meets a module's output."""
     inputs = [parent for parent, _ in node.next_functions if parent]
     passes_on = len(inputs) == 1 and node not in made  # a cast, a reshape, a scale
     parts = []
     if node is not start and (node.name().startswith("AddBackward") or passes_on):
         parts = [part for parent in inputs for part in summands(parent, start, made)]
-    if start in parts or (parts and node not in made):  # of the stream, or made by no module
+    if start in parts:  # a sum that holds the stream: all of it was added to the stream
         return parts
-    return [node]
+    if parts and node not in made:  # a sum that no module made, such as token + position
+        return parts
+    return [node]  # what a module made, or the end of the walk
 
 
 def check_direction(model, direction):
