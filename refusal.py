@@ -459,7 +459,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     """Choose among candidates, (position, layer, d_model), by measuring; CannotDo if none will do.
 
         for each candidate, the lowest estimate of bypass first:
-            measure bypass, and if it may win, KL and induce
+            measure bypass; if it may win, KL; and if KL lets it win, induce
             stop if the last PATIENCE candidates brought nothing better
 
     exhaustive=True measures all, as the paper does.  Returns a namespace: position, layer, vector,
@@ -642,7 +642,7 @@ def run(args):
     validation = data["harmful"]["val"], data["harmless"]["val"]
     chosen = select_direction(*chat, directions[1:], *validation, exhaustive=args.map)
     tried, whole = (chosen.scores[name].isfinite().sum() for name in ("bypass", "kl"))
-    say("", f"measured {tried} candidates in the order of an estimate, {whole} with induce and KL",
+    say("", f"measured {tried} candidates in the order of an estimate, {whole} of them with KL",
         f"winner: position {chosen.position}, layer {chosen.layer}"
         + " (none passes all filters: the one on induce is left out)" * chosen.relaxed,
         f"  bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}: harmful prompts, ablated",
@@ -730,6 +730,7 @@ def compare(model, tokenizer, data, chosen, seed):
     r, layer, refused = chosen.vector, chosen.layer, {}
     noise = torch.randn(3, len(r), generator=torch.Generator().manual_seed(seed))
     noise = normalize(noise, dim=1) * r.norm()  # controls, each on another third of the prompts
+
     def row(title, look, *ways, known=()):
         prompts, answers = data[title.split()[0]]["test"], list(known)
         for i, way in enumerate(ways[: len(prompts)]):  # prompt i goes to way i mod len(ways)
@@ -938,6 +939,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
 def once(find):
     """A function of a model that is asked once, and remembered for as long as the model lives."""
     known = weakref.WeakKeyDictionary()
+
     @wraps(find)
     def ask(model):
         if model not in known:
@@ -984,6 +986,7 @@ def trace_writers(model):
     and the list of the nodes that are added to the stream, in order."""
     made, stream, reads, writes, stack = {}, [], [], [], set(blocks(model))
     node = lambda x: getattr(x, "grad_fn", None)
+
     def record(name, module, args, output):
         x = output[0] if isinstance(output, (tuple, list)) else output
         if args and node(args[0]):
@@ -1002,8 +1005,9 @@ def trace_writers(model):
             raise CannotDo(f"what {where} of {type(model).__name__} gives is no sum of the stream "
                            "and of what modules wrote: it cannot be ablated.")
         for at, read in reads:  # Zamba's blocks add to what they read, not to what they pass on
-            if at == layer and start in summands(read, start, made):
-                parts = summands(read, start, made) + parts
+            added = summands(read, start, made) if at == layer else []
+            if start in added:
+                parts = added + parts
         writes += [part for part in parts if part is not start and part in made]
     return made, list(dict.fromkeys(writes))
 
@@ -1077,7 +1081,8 @@ def untie(model):
     """Give the unembedding weights of its own if it shares the embedding's, on disk as well."""
     for name in model.all_tied_weights_keys:  # the one switch in the config is for all ties
         module, _, kind = name.rpartition(".")
-        own = nn.Parameter(model.get_parameter(name).detach().clone(), requires_grad=False)
+        p = model.get_parameter(name)
+        own = nn.Parameter(p.detach().clone(), p.requires_grad)
         setattr(model.get_submodule(module), kind, own)
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config.tie_word_embeddings = False
@@ -1094,14 +1099,13 @@ def plan_edits(model, r):
         todo = [(node, r, r) for node in writes]
         for node, u, w in todo:  # which grows where a norm is met
             path, module, inputs, output = made[node]
-            score, found = (output.float() @ u.to(output.device)).sum(), []
+            score, found = (output.float() @ u.to(output.device)).sum(), False
             for name, p in module.named_parameters(path):
                 g = torch.autograd.grad(score, p, retain_graph=True, materialize_grads=True)[0]
-                for axis, size in enumerate(g.shape):
-                    G = g.float().movedim(axis, -1)  # (..., size)
-                    if size == len(r) and project_out(G, unit(u)).norm() < 0.1 * G.norm():
-                        edits[name] = p, axis, u, w  # every row of G is a multiple of u
-                        found += [name] if p.ndim > 1 else []
+                axis = writing_axis(g.float(), unit(u))
+                if axis is not None:
+                    edits[name] = p, axis, u, w
+                    found = found or p.ndim > 1
             if all(p.ndim == 1 for p in module.parameters()):  # a norm: edit what it takes in, too
                 u, w = through_norm(module, inputs[0], u, w)
                 found = [part for part in summands(inputs[0].grad_fn, None, made) if part in made]
@@ -1109,6 +1113,16 @@ def plan_edits(model, r):
             if not found:
                 raise CannotDo(f"{path} writes by no weight that can be edited: use ablate().")
     return edits
+
+
+def writing_axis(g, u):
+    """The axis along which the gradient g is a multiple of the unit vector u, if there is one."""
+    found = None
+    for axis, size in enumerate(g.shape):
+        G = g.movedim(axis, -1)  # (..., size)
+        if size == len(u) and project_out(G, u).norm() < 0.1 * G.norm():
+            found = axis  # every row of G is a multiple of u
+    return found
 
 
 def through_norm(norm, z, u, w):
@@ -1130,7 +1144,8 @@ BATCH_SIZE = 16  # prompts side by side
 
 
 def forward(model, batch, keep=1):
-    """One forward pass: the logits at the last `keep` positions, (batch, keep, vocab).
+    """One forward pass of a batch that is on the model's device: its logits at the last `keep`
+    positions, (batch, keep, vocab).
     Subtle: without logits_to_keep the logits of all positions take gigabytes; without position_ids
     models with learned positions (GPT-2) are silently wrong on padded prompts."""
     mask, positions = batch["attention_mask"], {}  # mask: (batch, seq)

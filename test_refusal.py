@@ -307,6 +307,14 @@ def test_two_directions_are_both_erased_or_refused(toy, first, second, slant):
             assert max((x @ r).abs().max(), (x @ other).abs().max()) < 1e-4 * x.norm(dim=-1).max()
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_an_untied_head_can_be_trained_if_it_could_before(trainable):
+    model = small_model(tie_word_embeddings=True)[0].requires_grad_(trainable)
+    R.orthogonalize(model, randn(32))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert all(p.requires_grad == trainable for p in model.parameters())
+
+
 # %% Choosing one direction: the plain definitions, and refusal.py against them --------------------
 def plain_logits(model, tokenizer, prompts, ablated=None, added=None, layer=None):
     """Logits for the first token of the reply, (prompt, vocab), with a vector ablated or added."""
@@ -1733,7 +1741,7 @@ def prove(model):
     except R.CannotDo as refusal:
         note = str(refusal)
     assert all(map(torch.equal, logits(), base)), "ablate leaves something behind"
-    if not re.search("run once|no list", note):  # else there are no layers to read
+    if "no list" not in note:  # else there are no layers to read
         check_padding(model)
     if note:
         return Result("refused", note)
