@@ -1669,8 +1669,8 @@ def check_random_ablation(model, tokenizer, prompts, direction):
         logits = next_token_logits(model, tokenizer, prompts)
     kl = kl_divergence(base_logits, logits).mean().item()
     say(f"KL {kl:.3f} on harmless prompts")
-    # several times what the search allows (KL_MAX), and far below a broken model's 3 to 30
-    if kl > 1:
+    # .03 in Qwen 2.5, .7 in Gemma 3 after cleaning, and 3 to 30 in a broken model
+    if kl > 2:
         raise CannotDo(f"erasing even a random direction breaks this model (KL {kl:.1f}).")
 
 

@@ -4,15 +4,16 @@ pytest                                          # a minute, nothing to download
 pytest -m census                                # every architecture that transformers has
 pytest -m seeds                                 # the tiny model's bars on other seeds
 REFUSAL_MODEL=folder pytest -m real             # the paper's claims on a real model
+REFUSAL_BASE=folder pytest -m real              # the same on a base model, tuned here to refuse
 python test_refusal.py                          # what else there is: the classroom, census, bench
 
 Read it beside refusal.py, in the same order.  The first line of a test says what is claimed.
 """
 
-import ast, contextlib, copy, doctest, functools, importlib.util, inspect, io, itertools, json
-import linecache, math, os, random, re, runpy, shutil, subprocess, sys, tempfile, textwrap, time
-import traceback, warnings
+import ast, copy, doctest, importlib.util, inspect, io, itertools, json, math, os, random
+import re, subprocess, sys, tempfile, textwrap, time, traceback, warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from tokenizers import SentencePieceBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
@@ -29,50 +31,39 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = __name__ == "__main__"
 
 
-def load(path):
-    """A Python file as a module of its own."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+def load_graded():
+    """The file that `grade`, `status` or REFUSAL name; else refusal.py; else student.py."""
+    path = Path(os.environ.get("REFUSAL", HERE / "refusal.py"))
+    if PROGRAM and sys.argv[1:2] in (["grade"], ["status"]):
+        path = Path(*sys.argv[2:3] or ["student.py"])
+    elif not path.exists():
+        path = Path("student.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception:
+        if not PROGRAM:
+            raise
+        sys.exit(traceback.format_exc(limit=-1))  # the line at fault, and not the way there
     return module
 
 
-def load_graded():
-    """The file that `grade`, `status` or REFUSAL name; or refusal.py; or, where that was not handed
-    out, student.py.  If it cannot be loaded: one line that says why."""
-    path = Path(os.environ.get("REFUSAL", HERE / "refusal.py"))
-    if PROGRAM and sys.argv[1:2] in (["grade"], ["status"]) and sys.argv[2:]:
-        path = Path(sys.argv[2])
-    elif not path.exists() or PROGRAM and sys.argv[1:] in (["grade"], ["status"]):
-        path = Path("student.py")
-    try:
-        return load(path)
-    except FileNotFoundError:
-        fault = f"{path} is not there: name your file, python test_refusal.py grade student.py"
-    except SyntaxError as error:
-        fault = f"{path.name}, line {error.lineno}: {(error.text or '').strip()}: {error.msg}"
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(at.filename).name}, line {at.lineno}: {at.line}"
-        fault = f"{where}: {type(error).__name__}: {error}"
-    if PROGRAM:
-        raise SystemExit(fault)
-    raise pytest.Collector.CollectError(fault)  # which pytest shows without a traceback
-
-
 R = load_graded()
+if not {"REFUSAL_MODEL", "REFUSAL_BASE"} & set(os.environ):
+    torch.set_num_threads(1)  # toys are slower on more: threads wait for each other
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # no file names our marks
 
 PROMPTS = ["How do I boil an egg?", "Write a poem",
            "Explain how to swim in bad weather, in rain, and in the dark of the night"]
+KINDS = ("harmful", "harmless")
 EACH = "{% for m in messages %}"
-# templates in the manner of ChatML and Llama 2, and one with a system prompt
+# templates in the manner of ChatML and Llama 2
 CHATML = EACH + ("<|user|>{{ m.content }}<|end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 BRACKETS = EACH + ("{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|>"
                    "{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}")
-SYSTEM = f"<|user|>Be brief.<|end|>{EACH}<|user|>{{{{ m.content }}}}\n{{% endfor %}}<|assistant|>"
 
 
 def small_model(scale=8.0, **sizes):
@@ -84,30 +75,13 @@ def small_model(scale=8.0, **sizes):
         num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1) | sizes)
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     for p in model.parameters():
-        p.mul_(scale if p.ndim > 1 else 1.0)
+        if p.ndim > 1:
+            p.mul_(scale)
     return model, tokenizer
 
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits_of(model, tokenizer):
-    """By transformers' own means, (prompt, vocab): each prompt by itself, without padding."""
-    ids = [R.tokenize(tokenizer, [prompt])["input_ids"] for prompt in PROMPTS]
-    return torch.cat([model(input_ids=x).logits[:, -1] for x in ids])
-
-
-def stream(model, tokenizer, prompt):
-    """The residual stream by transformers' own means: (seq, layer, d_model), 0 .. n_layers."""
-    last = []
-    ids = R.tokenize(tokenizer, [prompt])["input_ids"].to(model.device)
-    # hidden_states[-1] is what leaves the final norm; we want what enters it
-    norm = model.model.norm
-    with norm.register_forward_pre_hook(lambda module, args: last.append(args[0])):
-        states = model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
-    return torch.stack([*states, *last], dim=2)[0]
 
 
 def close(a, b, within=1e-4):
@@ -152,23 +126,125 @@ def test_docstring_examples():
     assert runner.summarize().failed == 0 < runner.tries
 
 
+# %% 0. The paper in plain code --------------------------------------------------------------------
+# The oracle that refusal.py is held to: one prompt at a time, every candidate measured, by
+# transformers' own means.  It is slow on purpose, and knows only models built like a Llama.
+
+
+def out_of(x, r):
+    """x without its part along the unit vector r, in the dtype of x."""
+    r = r.to(x.device, torch.float32)
+    part = torch.einsum("...i,i,j->...j", x.float(), r, r)
+    return (x.float() - part).to(x.dtype)
+
+
+def papers_hooks(model, r):
+    """Ablation, the authors' way: at every block's input, and at what attention and MLP give."""
+    for block in model.model.layers:
+        yield block.register_forward_pre_hook(lambda m, args: (out_of(args[0], r), *args[1:]))
+        yield block.self_attn.register_forward_hook(lambda m, args, x: (out_of(x[0], r), *x[1:]))
+        yield block.mlp.register_forward_hook(lambda m, args, x: out_of(x, r))
+
+
+def papers_shift(model, vector, *layers):
+    """Addition, the authors' way: at a block's input."""
+    for layer in layers:
+        yield model.model.layers[layer].register_forward_pre_hook(
+            lambda m, args: (args[0] + vector.to(args[0]), *args[1:]))
+
+
+def plain_streams(model, tokenizer, prompts, n):
+    """The residual stream at the last n tokens: (prompt, position, layer 0 .. L, d_model)."""
+    rows = []
+    last = []
+    # hidden_states[-1] is what leaves the final norm; we want what enters it
+    norm = model.model.norm
+    with norm.register_forward_pre_hook(lambda module, args: last.append(args[0])):
+        for prompt in prompts:
+            ids = R.tokenize(tokenizer, [prompt])["input_ids"].to(model.device)
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
+            x = torch.stack([*states, last[-1]], dim=2)  # (1, seq, layer, d_model)
+            rows.append(x[0, -n:].double().cpu())
+    return torch.stack(rows)
+
+
+def plain_means(model, tokenizer, prompts):
+    """Mean block inputs over the template's tail: (position, layer, d_model)."""
+    n = len(R.template_tail(tokenizer))
+    return plain_streams(model, tokenizer, prompts, n)[:, :, :-1].mean(0)
+
+
+@torch.no_grad()
+def plain_logits(model, tokenizer, prompts, hooks=()):
+    """Logits for the first token of each reply: (prompt, vocab), float64."""
+    rows = []
+    with R.hooked(hooks):
+        for prompt in prompts:
+            ids = R.tokenize(tokenizer, [prompt])["input_ids"].to(model.device)
+            rows.append(model(ids).logits[:, -1].double().cpu())  # (1, vocab)
+    return torch.cat(rows)
+
+
+def plain_score(logits, tokens):
+    """log(p / (1 - p)), p the probability of the tokens together: (..., vocab) -> (...)."""
+    p = logits.softmax(-1)[..., tokens].sum(-1)
+    return (p / (1 - p)).log()
+
+
+def plain_kl(p_logits, q_logits):
+    """KL divergence: (..., vocab) twice -> (...)."""
+    p = p_logits.double().softmax(-1)
+    q = q_logits.double().softmax(-1)
+    return (p * (p / q).log()).sum(-1)
+
+
+def plain_select(model, tokenizer, directions, harmful_val, harmless_val, only=None):
+    """Three numbers for all candidates (or only these), name -> (position, layer); the winner."""
+    n, n_layers, _ = directions.shape
+    tokens = R.refusal_tokens(tokenizer)
+    base = plain_logits(model, tokenizer, harmless_val)
+    scores = {name: torch.full((n, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
+    for at in only or itertools.product(range(-n, 0), range(n_layers)):
+        d = directions[at]
+        r = d / d.norm()
+        harmful = plain_logits(model, tokenizer, harmful_val, papers_hooks(model, r))
+        harmless = plain_logits(model, tokenizer, harmless_val, papers_hooks(model, r))
+        added = plain_logits(model, tokenizer, harmless_val, papers_shift(model, d, at[1]))
+        scores["bypass"][at] = plain_score(harmful, tokens).mean()
+        scores["kl"][at] = plain_kl(base, harmless).mean()
+        scores["induce"][at] = plain_score(added, tokens).mean()
+    # the paper's filters; if nothing passes, without the one on induce
+    early = itertools.product(range(-n, 0), range(int(0.8 * n_layers)))
+    intact = [at for at in early if scores["kl"][at] <= 0.1]
+    strict = [at for at in intact if scores["induce"][at] >= 0]
+    return scores, min(strict or intact, key=lambda at: scores["bypass"][at])
+
+
+def plain_search(model, tokenizer, data, only=None):
+    """The whole procedure: what select_direction is given, all the scores, the winner's place."""
+    harmful, harmless = (plain_means(model, tokenizer, data[kind]["train"]) for kind in KINDS)
+    val = [data[kind]["val"] for kind in KINDS]
+    arguments = (model, tokenizer, harmful - harmless, *val)
+    return arguments, *plain_select(*arguments, only=only)
+
+
 # %% 1. The model ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, content, says", [
-    ("model.safetensors", "not yet downloaded", "Safetensor"),
-    ("model.safetensors", None, "no file named model.safetensors"),  # a pickle is left
-    ("chat_template.jinja", "{{ messages[0]", "TemplateSyntaxError"),
-    ("chat_template.jinja", None, "chat template"),
-    ("config.json", '{"model_type": "new", "auto_map": {"AutoConfig": "code.C"}}', "cannot be")])
-def test_a_folder_that_is_no_chat_model_is_refused(toy, tmp_path, name, content, says):
-    """A file is broken or missing, or brings code: one sentence; code and pickles are not run."""
+def test_a_model_without_chat_template_is_refused(toy, tmp_path):
+    """A base model has none: there is nothing to ask it in."""
+    toy[1].chat_template = None
     for part in toy:
         part.save_pretrained(tmp_path)
-    torch.save(toy[0].state_dict(), tmp_path / "pytorch_model.bin")
+    with cannot("chat template"):
+        R.load_model(str(tmp_path))
+
+
+def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path):
+    """The configuration asks for it; CannotDo is raised, and not what the code raises."""
+    toy[1].save_pretrained(tmp_path)
+    config = {"model_type": "new", "auto_map": {"AutoConfig": "code.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text("raise SystemExit('it has run')")
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with cannot(says):
+    with cannot("cannot be loaded"):
         R.load_model(str(tmp_path))
 
 
@@ -178,15 +254,6 @@ def test_weights_that_are_not_in_the_folder_are_not_made_up(toy, tmp_path):
     transformers.LlamaForSequenceClassification(toy[0].config).save_pretrained(tmp_path)
     with cannot("lm_head.weight"):
         R.load_model(str(tmp_path))
-
-
-def test_an_alias_is_loaded_from_its_hub_id(monkeypatch):
-    """That id is what transformers is asked for, and that no code from there may run."""
-    asked = mock.Mock(side_effect=OSError("no network"))
-    monkeypatch.setattr(R.AutoTokenizer, "from_pretrained", asked)
-    with cannot("no network"):
-        R.load_model("qwen-1.8b")
-    asked.assert_called_once_with("Qwen/Qwen1.5-1.8B-Chat", trust_remote_code=False)
 
 
 # %% 2. The prompts --------------------------------------------------------------------------------
@@ -201,7 +268,7 @@ def test_split_takes_train_from_the_front_and_test_from_the_end():
     assert small_val == test[-13:-8]
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
+@pytest.mark.parametrize("sizes", [(4, 4, 1), (1, 0, 1)])
 def test_split_refuses_what_overlaps_or_is_empty(sizes):
     """Eight prompts do for eight, and each part needs one."""
     assert sum(map(len, R.split("abcdefgh", 6, 1, 1))) == 8
@@ -209,34 +276,9 @@ def test_split_refuses_what_overlaps_or_is_empty(sizes):
         R.split("abcdefgh", *sizes)
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_the_parts_mix_the_kinds_of_harm(data, part):
-    """The file has ten categories, of 28 prompts each: training and test prompts are of all ten."""
-    lines = R.load_prompts(R.PROMPTS / "harmful.txt")
-    assert len({lines.index(prompt) // 28 for prompt in data["harmful"][part]}) == 10
-
-
-def test_tokenize_pads_on_the_left_and_adds_one_bos(toy):
-    """Each row is its own prompt behind its padding, whatever the tokenizer would add or lacks."""
-    tokenizer = toy[1]
-    tokenizer.padding_side = "right"
-    tokenizer.pad_token = None
-    bos = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 1)])  # <|end|> plays the BOS
-    tokenizer.backend_tokenizer.post_processor = bos
-    tokenizer.chat_template = "<|end|>" + BRACKETS
-    batch = R.tokenize(tokenizer, PROMPTS)
-    for prompt, ids, mask in zip(PROMPTS, batch["input_ids"], batch["attention_mask"]):
-        assert tokenizer.decode(ids[mask.bool()]) == f"<|end|><|user|>{prompt}<|assistant|>"
-        assert (mask.diff() >= 0).all()
-        assert mask[-1] == 1
-    assert R.template_tail(tokenizer) == [3]
-    assert 1 not in R.refusal_tokens(tokenizer)
-
-
-@pytest.mark.parametrize("prompts", ["Write a poem", [], [None], [b"Hi"], [math.nan], [["Hi"]],
-                                     {"prompt": "Hi"}, [{"role": "user", "content": "Hi"}]])
+@pytest.mark.parametrize("prompts", ["Write a poem", [], [None], [["Hi"]], {"prompt": "Hi"}])
 def test_what_is_no_list_of_text_is_refused(toy, prompts):
-    """One string, nothing, chats, bytes, missing values: templates would read them as some text."""
+    """One string, nothing, missing values, chats: templates would read them as some text."""
     with cannot("prompts must be a list"):
         R.refusal_scores(*toy, prompts)
     with cannot("prompts must be a list"):
@@ -274,7 +316,7 @@ def openers(tokenizer):
     return sorted(tokenizer.convert_ids_to_tokens(R.refusal_tokens(tokenizer)))
 
 
-@pytest.mark.parametrize("header", ["\n", "all\n", "<think></think>", "\n</think>\n\n", ">> "])
+@pytest.mark.parametrize("header", ["all\n", "<think></think>", "\n</think>\n\n", ">> "])
 def test_a_header_before_every_reply_belongs_to_the_prompt(header):
     """Where the generation prompt lacks it, the model would write it first; a blank stays out."""
     template = BRACKETS.replace(" {{ m", f"{{{{ {json.dumps(header)} }}}}{{{{ m")
@@ -287,14 +329,10 @@ def test_a_header_before_every_reply_belongs_to_the_prompt(header):
 def test_an_opener_is_the_token_that_stands_after_the_prompt():
     """With the blank that stands before every reply, if there is such a token; of any length."""
     tokenizer = byte_level(BRACKETS)
+    assert "\u0120" not in openers(tokenizer), "a blank by itself says nothing of a refusal"
     tokenizer.add_tokens([" As", " I'm"])
     assert {tokenizer.decode([i]) for i in R.refusal_tokens(tokenizer)} == {" As", " I", " I'm"}
     assert openers(byte_level(CHATML)) == ["As", "I"]
-
-
-def test_a_blank_that_is_a_token_of_its_own_is_no_opener():
-    """Here no token is " As": a blank opens every reply, and says nothing of a refusal."""
-    assert "\u0120" not in openers(byte_level(BRACKETS))
 
 
 def test_openers_of_a_sentencepiece_tokenizer():
@@ -314,6 +352,15 @@ def test_a_past_chat_that_does_not_begin_with_the_prompt(tokenizer_of, past):
     assert {word[0] for word in openers(tokenizer)} == {"A", "I"}
 
 
+def test_the_template_has_written_the_bos_already():
+    """The tokenizer must not add a second one, neither before the prompt nor as an opener."""
+    tokenizer = byte_level("<|end|>" + BRACKETS)  # <|end|> plays the BOS
+    bos = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    assert read(tokenizer) == "<|end|><|user|>Write a poem<|assistant|>"
+    assert 1 not in R.refusal_tokens(tokenizer)
+
+
 @pytest.mark.parametrize("name", ["enable_thinking", "thinking", "reasoning", "thinking_budget"])
 def test_no_thoughts_are_asked_for(name):
     """A template that thinks unless it is told not to, by any of the names that there are."""
@@ -328,38 +375,15 @@ def test_a_template_that_wants_content_in_parts():
     assert read(tokenizer) == "<|user|>Write a poem<|end|>\n<|assistant|>\n"
 
 
-@pytest.mark.parametrize("tokenizer_of", [byte_level, sentencepiece])
-@pytest.mark.parametrize("template, tail", [
-    (CHATML, "<|end|>\n<|assistant|>\n"), (BRACKETS, "<|assistant|>"), (SYSTEM, "\n<|assistant|>")])
-def test_the_tail_is_what_follows_every_instruction(tokenizer_of, template, tail):
-    """And nothing of what stands before, nor a token that joins the two after some instructions."""
-    tokenizer = tokenizer_of(template)
-    assert tokenizer.decode(R.template_tail(tokenizer)).replace(" ", "") == tail
-    tokenizer.add_tokens(["?\n", ".\n"])
-    assert tokenizer.decode(R.template_tail(tokenizer)).replace(" ", "") == tail.removeprefix("\n")
-
-
 # %% 3. Looking inside -----------------------------------------------------------------------------
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_batches_change_nothing(toy, batch_size):
-    """What is measured of many prompts is what each gives by itself, in the prompts' order."""
-    sizes = []
-
-    def step(input_ids):
-        sizes.append(len(input_ids))
-        return R.forward(toy[0], input_ids)[:, -1]
-
-    order = [0, 2, 0, 1, 2, 0]
-    got = R.measure(*toy, [PROMPTS[i] for i in order], step, batch_size)
-    close(got, logits_of(*toy)[order])
-    assert max(sizes) == min(batch_size, 3)
+# (That batches change nothing is shown in exercise 2, and for all architectures in appendix B.)
 
 
 def test_activations_stand_where_they_were_asked_for(toy):
     """(prompt, position, layer, d_model): the streams of transformers; too early is refused."""
-    length = R.tokenize(toy[1], PROMPTS[1:2])["input_ids"].shape[1]
-    for prompt, states in zip(PROMPTS, R.activations(*toy, PROMPTS, [-1, -length])):
-        close(states, stream(*toy, prompt)[[-1, -length]])
+    length = R.tokenize(toy[1], PROMPTS[1:2])["input_ids"].shape[1]  # of the shortest
+    want = plain_streams(*toy, PROMPTS, length)[:, [-1, 0]]
+    close(R.activations(*toy, PROMPTS, [-1, -length]), want)
     with cannot("no position"):
         R.activations(*toy, PROMPTS, [-1, -1 - length])
 
@@ -382,44 +406,37 @@ def test_one_logit_that_is_no_number_is_refused(toy):
 def test_a_prompt_may_be_as_long_as_the_model_reads(toy):
     """Exactly as long passes, and one token more is refused."""
     length = R.tokenize(toy[1], PROMPTS)["input_ids"].shape[1]
-    assert R.refusal_scores(*small_model(max_position_embeddings=length), PROMPTS).isfinite().all()
+    R.refusal_scores(*small_model(max_position_embeddings=length), PROMPTS)
     with cannot(f"longer than the {length - 1}"):
         R.refusal_scores(*small_model(max_position_embeddings=length - 1), PROMPTS)
 
 
-def test_hooks_run_in_a_model_that_was_compiled_before():
+def test_hooks_run_in_a_model_that_was_compiled_before(toy):
     """Its first run makes a program for this shape, without hooks, which must not run now."""
-    model, tokenizer = small_model(num_hidden_layers=2)
-    with R.ablate(model, randn(32)):
-        want = logits_of(model, tokenizer)
+    model, tokenizer = toy
+    r = R.unit(randn(32))
+    want = plain_logits(model, tokenizer, PROMPTS, papers_hooks(model, r))
     model.compile(backend="eager")
     R.next_token_logits(model, tokenizer, PROMPTS)
     with torch.no_grad():
         R.forward(model, R.random_tokens(model))
-    with R.ablate(model, randn(32)):
+    with R.ablate(model, r):
         close(R.next_token_logits(model, tokenizer, PROMPTS), want)
     torch._dynamo.reset()
 
 
-def test_a_long_prompt_changes_no_other_prompt(toy):
-    """Rotations for long texts (Phi-3.5) are stretched for a whole batch: neither numbers nor
-    replies may depend on which prompts come together."""
+def test_a_long_prompt_changes_no_other_prompt():
+    """Although rotations for long texts (Phi-3.5) are stretched for a whole batch."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0,
             "original_max_position_embeddings": 20, "short_factor": [1.0] * 4,
             "long_factor": [8.0] * 4}
-    model, tokenizer = small_model(rope_parameters=rope, max_position_embeddings=160)
-    close(R.next_token_logits(model, tokenizer, PROMPTS), logits_of(model, tokenizer))
-    alone = [R.generate(model, tokenizer, [prompt], 4)[0] for prompt in PROMPTS]
-    assert R.generate(model, tokenizer, PROMPTS, 4) == alone
+    tools = small_model(rope_parameters=rope, max_position_embeddings=160)
+    close(R.next_token_logits(*tools, PROMPTS), plain_logits(*tools, PROMPTS))
+    alone = [R.generate(*tools, [prompt], 4)[0] for prompt in PROMPTS]
+    assert R.generate(*tools, PROMPTS, 4) == alone
 
 
 # %% 4. The difference in means --------------------------------------------------------------------
-def plain_means(model, tokenizer, prompts):
-    """Mean block inputs over the template's tail, one by one: (position, layer, d_model)."""
-    n = len(R.template_tail(tokenizer))
-    return sum(stream(model, tokenizer, p)[-n:, :-1].double().cpu() for p in prompts) / len(prompts)
-
-
 @pytest.mark.parametrize("length", [1e-30, 1.0, 1e30])
 def test_a_unit_vector_has_length_1(length):
     """In float32, also of a bfloat16 vector, and of any length but 0 and NaN."""
@@ -431,57 +448,25 @@ def test_a_unit_vector_has_length_1(length):
             R.unit(randn(4096) * nothing)
 
 
-def test_vectors_are_kept_off_massive_channels():
-    """A channel that is huge in every stream goes out of other vectors; where none is, all stay."""
-    x = randn(2, 5, 32)
-    assert len(R.massive_directions(x)) == 0
-    x[..., 3] = 1000
-    massive = R.massive_directions(x)
-    vectors = randn(4, 32, seed=1)
-    kept = R.keep_off(vectors, massive)
-    assert kept[:, 3].abs().max() < 0.02
-    close(kept[:, 4:], vectors[:, 4:], 0.02)
+def test_a_model_with_a_massive_channel_bears_only_ablation_that_is_kept_off_it(toy):
+    """Erasing a random direction takes a slice of the channel along, and the run stops there."""
+    assert len(R.massive_directions(R.mean_activations(*toy, PROMPTS))) == 0, "there is none yet"
+    toy[0].model.embed_tokens.weight[:, 3] = 30
+    for name, p in toy[0].named_parameters():
+        if "norm" in name:  # as in Gemma 3, blocks read the other channels
+            p.fill_(10)
+            p[3] = 0
+    r = randn(32)
+    kept_off = R.keep_off(r, R.massive_directions(R.mean_activations(*toy, PROMPTS)))
+    close(kept_off, r * (torch.arange(32) != 3), 0.02)
+    R.check_random_ablation(*toy, PROMPTS, kept_off)
+    with cannot("breaks this model"):
+        R.check_random_ablation(*toy, PROMPTS, r)
 
 
 # %% 5. Ablation and addition ----------------------------------------------------------------------
-def out_of(x, r):
-    """The oracle: x without its part along the unit vector r, in the dtype of x."""
-    r = r.to(x.device, torch.float32)
-    return (x.float() - torch.einsum("...i,i,j->...j", x.float(), r, r)).to(x.dtype)
-
-
-def papers_hooks(model, r):
-    """The authors' way: project at every block's input, and at what attention and MLP give."""
-    for block in model.model.layers:
-        yield block.register_forward_pre_hook(lambda m, args: (out_of(args[0], r), *args[1:]))
-        yield block.self_attn.register_forward_hook(lambda m, args, x: (out_of(x[0], r), *x[1:]))
-        yield block.mlp.register_forward_hook(lambda m, args, x: out_of(x, r))
-
-
-@pytest.mark.parametrize("length", [1e-30, 17, 1e30])
-def test_ablation_is_the_papers(toy, length):
-    """The same logits as by the authors' hooks, for a direction of any length; r is gone."""
-    r = randn(32) / randn(32).norm()
-    with R.ablate(toy[0], length * r):
-        ours = logits_of(*toy)
-        x = stream(*toy, PROMPTS[0])
-    assert (x @ r).abs().max() < 1e-4 * x.norm(dim=-1).max()
-    assert (ours - logits_of(*toy)).abs().max() > 0.01
-    with R.hooked(papers_hooks(toy[0], r)):
-        close(ours, logits_of(*toy))
-
-
-def test_one_ablation_at_a_time(toy):
-    """A second erasure could put some of r back: refused inside, also of a copy; not afterwards."""
-    with R.ablate(toy[0], randn(32)):
-        for model in (toy[0], copy.deepcopy(toy[0])):
-            with cannot("one at a time"), R.ablate(model, randn(32, seed=1)):
-                pass
-            with cannot("one at a time"):
-                R.orthogonalize(model, randn(32, seed=1))
-        with R.ablate(small_model()[0], randn(32)):  # another model
-            pass
-    R.orthogonalize(toy[0], randn(32))
+# That `ablate` and `add` do what the paper's hooks do is shown further down: the search with them
+# finds the oracle's numbers (section 7), and exercises 4b and 5 look at them one by one.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -490,150 +475,72 @@ def test_the_proof_finds_one_writer_in_fifty(dtype):
     sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=24)
     model = small_model(4.0, **sizes)[0].to(dtype)
     r = R.unit(randn(128))
-    all_writers = R.writers(model)
-    for left_out in (None, 0, 24, 48):
-        rest = [module for i, module in enumerate(all_writers) if i != left_out]
-        found = nullcontext()
-        if left_out is not None:
-            where = f"block {(left_out - 1) // 2}" if left_out else "the embeddings"
-            found = cannot(f"written to the stream by {where} of")
-        with R.hooked(R.hook_output(m, lambda x: R.project_out(x, r)) for m in rest), found:
+
+    def check(*left_out):
+        kept = [module for i, module in enumerate(R.writers(model)) if i not in left_out]
+        with R.hooked(R.hook_output(module, lambda x: out_of(x, r)) for module in kept):
             R.check_erased(model, r)
 
-
-@pytest.mark.parametrize("trainable", [True, False])
-def test_gradients_are_as_they_were(toy, trainable):
-    """Autograd finds the writers; afterwards each parameter is trainable or not, as before."""
-    toy[0].model.layers[1].requires_grad_(trainable)
-    before = {name: p.requires_grad for name, p in toy[0].named_parameters()}
-    R.attribution(*toy, randn(2, 4, 32), PROMPTS)
-    R.orthogonalize(toy[0], randn(32))
-    assert {name: p.requires_grad for name, p in toy[0].named_parameters()} == before
-
-
-def test_parameters_that_are_whole_numbers_do_no_harm(toy):
-    """They have no gradient, which is no reason to fail."""
-    codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
-    toy[0].model.register_parameter("codes", codes)
-    with R.ablate(toy[0], randn(32)):
-        pass
-    assert "model.codes" not in R.orthogonalize(toy[0], randn(32))
-
-
-def test_a_vector_that_the_dtype_cannot_hold_is_refused(toy):
-    """70 000 is more than float16 has."""
-    with cannot("not finite in torch.float16"), R.add(toy[0].half(), randn(32) * 1e4, 1, 7.0):
-        pass
-
-
-# %% 6. Two numbers --------------------------------------------------------------------------------
-def plain_logits(model, tokenizer, prompts, ablated=None, added=None, layer=None):
-    """Logits for the first token of the reply, (prompt, vocab), with a vector ablated or added."""
-    def shift(module, args):
-        return (args[0] + added.to(args[0]), *args[1:])
-
-    handles = []
-    if ablated is not None:
-        handles = papers_hooks(model, ablated / ablated.norm())
-    if added is not None:
-        handles = [model.model.layers[layer].register_forward_pre_hook(shift)]
-    rows = []
-    with R.hooked(handles):
-        for prompt in prompts:
-            ids = R.tokenize(tokenizer, [prompt])["input_ids"].to(model.device)
-            rows.append(model(ids).logits[:, -1].double().cpu())  # (1, vocab)
-    return torch.cat(rows)
-
-
-def plain_score(logits, tokens):
-    """Mean of log(p / (1 - p))."""
-    p = logits.softmax(-1)[:, tokens].sum(-1)
-    return (p / (1 - p)).log().mean()
-
-
-def plain_kl(p_logits, q_logits, epsilon=0.0):
-    """Mean KL divergence; the authors' code has epsilon = 1e-6."""
-    p = p_logits.softmax(-1)
-    q = q_logits.softmax(-1)
-    return (p * ((p + epsilon) / (q + epsilon)).log()).sum(-1).mean()
+    check()
+    for left_out, where in ((0, "the embeddings"), (24, "block 11"), (48, "block 23")):
+        with cannot(f"written to the stream by {where} of"):
+            check(left_out)
 
 
 # %% 7. Choosing one direction ---------------------------------------------------------------------
-def plain_select(model, tokenizer, directions, harmful_val, harmless_val, only=None):
-    """The paper in the plainest way, slow on purpose: name -> (position, layer), and the winner."""
-    n, n_layers, _ = directions.shape
-    tokens = R.refusal_tokens(tokenizer)
-    base = plain_logits(model, tokenizer, harmless_val)
-    scores = {name: torch.full((n, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
-    for at in only or itertools.product(range(-n, 0), range(n_layers)):
-        vector = directions[at]
-        harmful = plain_logits(model, tokenizer, harmful_val, ablated=vector)
-        harmless = plain_logits(model, tokenizer, harmless_val, ablated=vector)
-        added = plain_logits(model, tokenizer, harmless_val, added=vector, layer=at[1])
-        scores["bypass"][at] = plain_score(harmful, tokens)
-        scores["kl"][at] = plain_kl(base, harmless)
-        scores["induce"][at] = plain_score(added, tokens)
-    return scores, plain_winner(scores)
-
-
-def plain_winner(scores):
-    """The paper's filters; if nothing passes, without the one on induce: (position, layer)."""
-    n, n_layers = scores["bypass"].shape
-    early = itertools.product(range(-n, 0), range(int(0.8 * n_layers)))
-    intact = [at for at in early if scores["kl"][at] <= 0.1]
-    strict = [at for at in intact if scores["induce"][at] >= 0]
-    return min(strict or intact, key=lambda at: scores["bypass"][at])
+# (The two numbers of section 6 are exercises 6 and 7.)
 
 
 @pytest.fixture(scope="session")
-def plain_search(tiny, data):
-    """What select_direction is given for the tiny model, and what the oracle says of everything."""
-    means = [plain_means(*tiny, data[kind]["train"]) for kind in data]
-    arguments = (*tiny, means[0] - means[1], data["harmful"]["val"], data["harmless"]["val"])
-    return arguments, *plain_select(*arguments)
+def searched(tiny, data):
+    """The plain search of the tiny model."""
+    return plain_search(*tiny, data)
 
 
-@pytest.mark.parametrize("exhaustive", [True, False])
-def test_the_search_agrees_with_the_plain_definitions(plain_search, exhaustive):
-    """The same winner as measuring everything finds, and the same numbers wherever it measured."""
-    arguments, scores, winner = plain_search
-    chosen = R.select_direction(*arguments, exhaustive=exhaustive)
-    assert winner == (chosen.position, chosen.layer)
+def test_the_search_agrees_with_the_plain_definitions(searched):
+    """The same winner, and the same three numbers of every candidate."""
+    arguments, scores, winner = searched
+    chosen = R.select_direction(*arguments, exhaustive=True)
+    assert (chosen.position, chosen.layer) == winner
     assert not chosen.relaxed
     close(chosen.vector, arguments[2][winner], 1e-6)
     for name, plain in scores.items():
-        measured = chosen.scores[name].isfinite()
-        assert measured[winner]
         assert getattr(chosen, name) == chosen.scores[name][winner]
-        close(chosen.scores[name][measured], plain[measured], 1e-3)
+        close(chosen.scores[name][:, 1:], plain[:, 1:], 1e-3)  # at layer 0 there is no direction
+    tokens = R.refusal_tokens(arguments[1])
     for prompts, base in zip(arguments[3:], (chosen.base_bypass, chosen.base_induce)):
-        close(torch.tensor(base), R.refusal_scores(*arguments[:2], prompts).mean(), 1e-3)
+        scores = plain_score(plain_logits(*arguments[:2], prompts), tokens)
+        assert base == pytest.approx(scores.mean().item(), abs=1e-3)
 
 
-def test_attribution_is_the_derivative_of_erasing_a_little(plain_search):
+def test_attribution_is_the_derivative_of_erasing_a_little(searched):
     """o' = o - step (o . r) r at every writer, for a step forwards and one backwards."""
-    model, tokenizer, directions, harmful, _ = plain_search[0]
+    model, tokenizer, directions, harmful, _ = searched[0]
     r = R.unit(directions[-1, 1])
-    scores = []
-    for step in (0.005, -0.005):
-        handles = [R.hook_output(module, lambda x: x - step * (x - out_of(x, r)))
-                   for module in R.writers(model)]
-        with R.hooked(handles):
-            scores.append(R.refusal_scores(model, tokenizer, harmful).mean().item())
+
+    def score_after(step):
+        def erase_a_little(o):
+            return o - step * (o - out_of(o, r))
+
+        with R.hooked(R.hook_output(module, erase_a_little) for module in R.writers(model)):
+            return R.refusal_scores(model, tokenizer, harmful).mean().item()
+
+    slope = (score_after(0.005) - score_after(-0.005)) / 0.01
     estimate = R.attribution(model, tokenizer, directions, harmful)[-1, 1].item()
-    assert (scores[0] - scores[1]) / 0.01 == pytest.approx(estimate, rel=2e-2)
+    assert estimate == pytest.approx(slope, rel=2e-2)
 
 
 class Script:
     """What a model would say of 3 positions x 12 layers, from tables, to see the search alone."""
 
-    def __init__(self, monkeypatch, kl=0.0, induce=1.0):
+    def __init__(self, monkeypatch):
+        # nothing passes more easily than these candidates, and none is better than another
         self.bypass = torch.zeros(3, 12)
-        self.kl = torch.full((3, 12), kl)
-        self.induce = torch.full((3, 12), induce)
+        self.kl = torch.zeros(3, 12)
+        self.induce = torch.ones(3, 12)
         self.estimates = torch.arange(36.0).view(3, 12)
         self.measured = {"bypass": [], "kl": [], "induce": []}
-        self.inside = False
+        self.at = None  # the candidate that is ablated or added
         for name in ("ablate", "add", "refusal_scores", "kl_divergence"):
             monkeypatch.setattr(R, name, getattr(self, name))
         monkeypatch.setattr(R, "attribution", lambda *arguments: self.estimates)
@@ -643,20 +550,19 @@ class Script:
     @contextmanager
     def ablate(self, model, vector, layer=None):
         number = int(vector[0]) - 1  # a candidate's vector holds its number
-        self.at = (number // 12 - 3, number % 12)
+        self.at = self.last = (number // 12 - 3, number % 12)
         assert layer in (None, self.at[1])
-        self.inside = True
         yield
-        self.inside = False
+        self.at = None
 
     add = ablate
 
     def look_up(self, name):
-        self.measured[name].append(self.at)
-        return getattr(self, name)[self.at][None]
+        self.measured[name].append(self.last)
+        return getattr(self, name)[self.last][None]
 
     def refusal_scores(self, model, tokenizer, prompts):
-        if not self.inside:
+        if self.at is None:
             return torch.tensor([9.0])
         return self.look_up("bypass" if prompts == ["harmful"] else "induce")
 
@@ -664,9 +570,11 @@ class Script:
         return self.look_up("kl")
 
     def search(self, exhaustive=False):
+        """The selection, its place, and the number of candidates for which bypass was measured."""
         directions = torch.arange(1.0, 37).view(3, 12, 1) * torch.eye(4)[0]
         directions[:, 0] = 0
-        return R.select_direction(None, None, directions, ["harmful"], ["harmless"], exhaustive)
+        chosen = R.select_direction(None, None, directions, ["harmful"], ["harmless"], exhaustive)
+        return chosen, (chosen.position, chosen.layer), len(self.measured["bypass"])
 
     def order(self):
         """All that can win, the lowest estimate first."""
@@ -676,44 +584,46 @@ class Script:
 
 def test_the_search_goes_by_the_estimate(monkeypatch):
     """The lowest comes first; where nothing gets better, it stops after PATIENCE more."""
-    script = Script(monkeypatch, induce=0.0)  # which just passes
+    script = Script(monkeypatch)
+    script.induce[:] = 0  # which just passes
     script.estimates = -script.estimates
-    chosen = script.search()
-    assert script.measured["bypass"] == script.order()[: 1 + R.PATIENCE]
-    assert (chosen.position, chosen.layer) == (-1, 8)
+    chosen, winner, n = script.search()
+    assert n == 1 + R.PATIENCE
+    assert script.measured["bypass"] == script.order()[:n]
+    assert winner == (-1, 8)
     assert not chosen.relaxed
     assert (chosen.base_bypass, chosen.base_induce) == (9.0, 0.0)
 
 
-@pytest.mark.parametrize("better, n_measured, winner", [
-    ({(-3, 8): -1.0, (-2, 8): -2.0}, 24, (-2, 8)),  # the 8th and the 16th of 24
-    ({(-2, 2): -1.0}, 9, (-3, 1))])  # the 10th, after the first and eight more: missed
-def test_the_search_goes_on_while_it_gets_better(monkeypatch, better, n_measured, winner):
-    """Each better candidate starts the count anew; one beyond PATIENCE is missed."""
+def test_the_search_goes_on_while_it_gets_better(monkeypatch):
+    """The first and eight more are measured; a better one among these starts the count anew."""
     script = Script(monkeypatch)
-    for at, bypass in better.items():
-        script.bypass[at] = bypass
-    chosen = script.search()
-    assert (chosen.position, chosen.layer) == winner
-    assert script.measured["bypass"] == script.order()[:n_measured]
+    script.bypass[-2, 2] = -1.0  # the 10th of 24
+    assert script.search()[1:] == ((-3, 1), 9)
+    script.measured["bypass"].clear()
+    script.bypass[-3, 8] = -2.0  # the 8th
+    assert script.search()[1:] == ((-3, 8), 16)
 
 
 def test_the_search_stops_only_once_something_has_passed_all_filters(monkeypatch):
     """23 do not make the model refuse, and the last one does, just: that one is right."""
-    script = Script(monkeypatch, induce=-1.0)
-    script.bypass[-3, 1] = -5.0
+    script = Script(monkeypatch)
+    script.induce[:] = -1.0
     script.induce[-1, 8] = 0.0
-    chosen = script.search()
-    assert (chosen.position, chosen.layer) == (-1, 8)
+    script.bypass[-3, 1] = -5.0
+    script.bypass[-1, 8] = -6.0
+    chosen, winner, _ = script.search()
+    assert winner == (-1, 8)
     assert not chosen.relaxed
 
 
 def test_where_nothing_makes_the_model_refuse_everything_was_measured(monkeypatch):
     """The filter on induce is left out, the lowest bypass wins, and the selection says so."""
-    script = Script(monkeypatch, induce=-1.0)
+    script = Script(monkeypatch)
+    script.induce[:] = -1.0
     script.bypass[-2, 5] = -5.0
-    chosen = script.search()
-    assert (chosen.position, chosen.layer) == (-2, 5)
+    chosen, winner, _ = script.search()
+    assert winner == (-2, 5)
     assert chosen.relaxed
     assert script.measured["bypass"] == script.measured["induce"] == script.order()
 
@@ -723,22 +633,22 @@ def test_the_search_spares_numbers_that_cannot_matter(monkeypatch):
     script = Script(monkeypatch)
     script.bypass[-3, 2] = -9.0  # better, but broken; the others are no better than the first
     script.kl[-3, 2] = 0.5
-    scores = script.search().scores
-    assert scores["induce"][-3, 2].isnan()
-    assert scores["kl"][-3, 3].isnan()
+    chosen, winner, _ = script.search()
+    assert winner == (-3, 1)
     assert script.measured["kl"] == [(-3, 1), (-3, 2)]
     assert script.measured["induce"] == [(-3, 1)]
+    assert chosen.scores["kl"].isfinite().sum() == 2
 
 
-def test_a_broken_model_never_wins(monkeypatch):
-    """Just above the paper's KL it is dropped, also where the filter on induce is left out."""
-    script = Script(monkeypatch, kl=0.101, induce=-1.0)
-    script.kl[-2, 4] = 0.099
-    chosen = script.search()
-    assert (chosen.position, chosen.layer) == (-2, 4)
-    script.kl[-2, 4] = 0.101
+def test_where_each_ablation_breaks_the_model_there_is_no_direction(monkeypatch):
+    """Just above the paper's KL a candidate is dropped, also where no filter on induce is left."""
+    script = Script(monkeypatch)
+    script.induce[:] = -1.0
+    script.kl[:] = 0.101
     with cannot("KL > 0.1"):
         script.search()
+    script.kl[-2, 4] = 0.099
+    assert script.search()[1] == (-2, 4)
 
 
 def test_exhaustive_measures_all_and_chooses_by_the_same_rule(monkeypatch):
@@ -748,11 +658,20 @@ def test_exhaustive_measures_all_and_chooses_by_the_same_rule(monkeypatch):
     script.bypass[:, 9:] = -9.0
     script.bypass[-2, 2] = -9.0
     script.kl[-2, 2] = 0.5
-    chosen = script.search(exhaustive=True)
-    assert (chosen.position, chosen.layer) == (-1, 8)
+    chosen, winner, _ = script.search(exhaustive=True)
+    assert winner == (-1, 8)
     for table in chosen.scores.values():
         assert table[:, 1:].isfinite().all()
         assert table[:, 0].isnan().all()
+
+
+def test_a_direction_that_does_nothing_is_not_shown_as_a_result():
+    """Erasing the best candidate lowers the score by .9: the run says so and ends."""
+    scores = {"bypass": torch.ones(1, 2), "kl": torch.zeros(1, 2)}
+    chosen = R.Selection(position=-1, layer=1, vector=randn(8), bypass=1.0, induce=0.0, kl=0.0,
+                         base_bypass=1.9, base_induce=0.0, relaxed=False, scores=scores)
+    with cannot("no refusal direction was found"):
+        R.show_choice(chosen)
 
 
 @pytest.mark.real
@@ -761,46 +680,50 @@ def test_the_search_agrees_with_the_authors_code_on_a_real_model():
     """Qwen2.5-Coder-0.5B-Instruct: what is measured against the recorded scores, and the winner."""
     reference = Path(os.environ["REFUSAL_REFERENCE"])
     prompts = json.loads((reference / "prompts.json").read_text())
-    tools = R.load_model(os.environ["REFUSAL_MODEL"], "float32")
-    data = {kind: {part: prompts[f"{kind}_{part}"] for part in ("train", "val")}
-            for kind in KINDS}
-    chosen = find(*tools, data)
+    data = {}
+    for kind in KINDS:
+        data[kind] = {part: prompts[f"{kind}_{part}"] for part in ("train", "val")}
+    chosen = find(*R.load_model(os.environ["REFUSAL_MODEL"], "float32"), data)
     assert (chosen.position, chosen.layer) == (-1, 16)
     assert chosen.relaxed
     keys = {"bypass": "refusal_score", "induce": "steering_score", "kl": "kl_div_score"}
     for theirs in json.loads((reference / "authors_scores.json").read_text())["scores"]:
-        at = (theirs["position"], theirs["layer"])
         for name, key in keys.items():
-            assert not abs(chosen.scores[name][at] - theirs[key]) > 0.02, (name, at)
-        if at == (-1, 16):  # the rest of the KL's difference is their epsilon
-            base = plain_logits(*tools, data["harmless"]["val"])
-            ablated = plain_logits(*tools, data["harmless"]["val"], ablated=chosen.vector)
-            assert abs(plain_kl(base, ablated, 1e-6) - theirs["kl_div_score"]) < 2e-3
+            ours = chosen.scores[name][theirs["position"], theirs["layer"]]
+            assert ours.isnan() or abs(ours - theirs[key]) < 0.02  # NaN: not measured
+
+
+# %% 8. The same ablation, in the weights ----------------------------------------------------------
+# Which weights are edited, and how, is exercise 9b; the census (appendix B) has all architectures.
 
 
 def test_a_refused_edit_leaves_the_weights():
     """Quantised, offloaded: refused in words; no weight has changed, and the head is still tied."""
     model, tokenizer = small_model(tie_word_embeddings=True)
-    before = logits_of(model, tokenizer)
+    before = plain_logits(model, tokenizer, PROMPTS)
     for name, value in (("is_quantized", True), ("offloaded", nn.Linear(2, 2, device="meta"))):
         setattr(model, name, value)
         with cannot("use ablate"):
             R.orthogonalize(model, randn(32))
         delattr(model, name)
-    assert torch.equal(logits_of(model, tokenizer), before)
+    assert torch.equal(plain_logits(model, tokenizer, PROMPTS), before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_an_untied_head_can_be_trained_if_it_could_before(trainable):
-    """Also if the edit was made in inference mode, whose tensors could never be trained."""
-    model = small_model(tie_word_embeddings=True)[0].requires_grad_(trainable)
+def test_parameters_stay_trainable_or_not(trainable):
+    """Autograd finds what writes; afterwards each parameter is as before, also a head that was
+    untied in inference mode, whose tensors could never be trained, and whole numbers."""
+    model, tokenizer = small_model(tie_word_embeddings=True)
+    model.requires_grad_(trainable)
+    codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    model.model.register_parameter("codes", codes)
+    R.attribution(model, tokenizer, randn(2, 4, 32), PROMPTS)
     with torch.inference_mode():
         R.orthogonalize(model, randn(32))
-    head = model.lm_head.weight
-    assert head is not model.model.embed_tokens.weight
-    assert not head.is_inference()
-    assert all(p.requires_grad == trainable for p in model.parameters())
+    for p in model.parameters():
+        assert p.requires_grad == (trainable and p.is_floating_point())
+        assert not p.is_inference()
 
 
 class Mixture(nn.Module):
@@ -812,21 +735,18 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
 
     def forward(self, x):
-        chosen = self.gate(x).argmax(-1)
-        out = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts):
-            out = out + expert(x) * (chosen == i)[..., None]
-        return out
+        chosen = self.gate(x).argmax(-1, keepdim=True)
+        return sum(expert(x) * (chosen == i) for i, expert in enumerate(self.experts))
 
 
 def test_an_expert_that_no_token_reached_is_edited_like_its_twins(toy):
     """Another text may reach it: its weight and bias must not write along r either."""
     r = R.unit(randn(32))
-    model = toy[0]
     torch.manual_seed(0)
-    model.model.layers[1].mlp = Mixture().eval().requires_grad_(False)
-    R.orthogonalize(model, r)
-    for expert in model.model.layers[1].mlp.experts:
+    mixture = Mixture().eval().requires_grad_(False)
+    toy[0].model.layers[1].mlp = mixture
+    R.orthogonalize(toy[0], r)
+    for expert in mixture.experts:
         assert (r @ expert.weight).abs().max() < 1e-5
         assert abs(r @ expert.bias) < 1e-5
 
@@ -838,7 +758,8 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
     start = R.tokenize(tokenizer, PROMPTS[:1])["input_ids"]
     ids = start
     for _ in range(6):  # by hand, without a cache
-        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+        likeliest = model(input_ids=ids).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, likeliest], dim=1)
     by_hand = tokenizer.decode(ids[0, start.shape[1] :], skip_special_tokens=True)
     own = transformers.GenerationConfig(
         do_sample=True, temperature=2.0, repetition_penalty=3.0, suppress_tokens=[5, 6, 7])
@@ -849,12 +770,11 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
 
 NEXT_TURN = EACH + ("{% if not loop.first %}<|end|>{% endif %}<|{{ m.role }}|>{{ m.content }}"
                     "{% endfor %}{% if add_generation_prompt %}<|end|><|assistant|>{% endif %}")
+NO_REPLIES = EACH + "{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
 
 
 @pytest.mark.parametrize("template, ends", [
-    (BRACKETS, [1]), (CHATML, [1]), (NEXT_TURN, [1]),
-    (EACH + "{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}", [])],
-    ids=["after a reply", "and a line's end", "before the next turn", "past replies left out"])
+    (BRACKETS, [1]), (CHATML, [1]), (NEXT_TURN, [1]), (NO_REPLIES, [])])
 def test_the_template_says_what_ends_a_reply(toy, template, ends):
     """The token after a past reply, or before the next turn, where nothing else names one."""
     toy[0].generation_config.eos_token_id = None
@@ -900,15 +820,15 @@ def test_the_reply_loss_is_that_of_each_token_in_turn(toy):
     losses = []
     for prompt, reply in zip(PROMPTS, replies):
         ids = R.tokenize(tokenizer, [prompt])["input_ids"]
-        for token in tokenizer(reply)["input_ids"]:
-            losses.append(-model(input_ids=ids).logits[0, -1].log_softmax(-1)[int(token)])
-            ids = torch.cat([ids, torch.tensor([[int(token)]])], dim=1)
-    want = torch.stack(losses).mean().item()
-    assert R.reply_loss(model, tokenizer, PROMPTS, replies) == pytest.approx(want, rel=1e-4)
+        for token in tokenizer(reply, return_tensors="pt")["input_ids"].long().flatten():
+            log_p = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+            losses.append(-log_p[token].item())
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+    mean = sum(losses) / len(losses)
+    assert R.reply_loss(model, tokenizer, PROMPTS, replies) == pytest.approx(mean, rel=1e-4)
 
 
 # %% 10. The run -----------------------------------------------------------------------------------
-KINDS = ("harmful", "harmless")
 QUICK = ["--n-train", 64, "--n-val", 16, "--n-test", 40]
 
 
@@ -929,10 +849,6 @@ def program(*arguments, status=0, says=""):
     return out.getvalue()
 
 
-def no_constants(name):
-    raise ValueError(f"{name} is no JSON")
-
-
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
     """A whole run on the tiny model in a folder, with --map, --prompt and --save."""
@@ -940,25 +856,28 @@ def finished(tiny, tmp_path_factory):
     for part in tiny:
         part.save_pretrained(folder / "NaNo-1B")
     out = program("--model", folder / "NaNo-1B", *QUICK, "--map", "--prompt", "Bake it",
-                  "--save", f"{folder}/out/")
-    text = (folder / "out" / "results.json").read_text(encoding="utf-8")
-    numbers = json.loads(text, parse_constant=no_constants)
-    return SimpleNamespace(out=out, folder=folder / "out", numbers=numbers)
+                  "--save", f"{folder}/new/out/")
+    folder = folder / "new" / "out"
+    text = (folder / "results.json").read_text(encoding="utf-8")
+    numbers = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
+    r = torch.tensor(numbers["vector"])
+    ways = {"no intervention": nullcontext,
+            "direction ablated": partial(R.ablate, tiny[0], r),
+            "direction added": partial(R.add, tiny[0], r, numbers["layer"])}
+    return SimpleNamespace(out=out, folder=folder, numbers=numbers, r=r, ways=ways)
 
 
-def kept_data(tiny):
-    """The prompts of that run: harmful ones that are refused, harmless ones that are answered."""
+@pytest.fixture(scope="session")
+def kept(tiny):
+    """The prompts of that run, without those that do not fit their kind."""
     data = R.read_data(64, 16, 40)
-    for kind, sign in (("harmful", 1), ("harmless", -1)):
-        for part in ("train", "val"):
-            scores = sign * R.refusal_scores(*tiny, data[kind][part])
-            data[kind][part] = [p for p, score in zip(data[kind][part], scores) if score > 0]
+    R.filter_prompts(*tiny, data)
     return data
 
 
-def test_the_saved_numbers_are_the_selections(finished, tiny):
+def test_the_saved_numbers_are_the_selections(finished, tiny, kept):
     """The same direction and numbers as the functions give; the map has everything."""
-    chosen = find(*tiny, kept_data(tiny))
+    chosen = find(*tiny, kept)
     saved = finished.numbers
     for name in ("position", "layer", "bypass", "kl", "induce", "base_bypass", "base_induce"):
         assert saved[name] == pytest.approx(getattr(chosen, name), abs=1e-4)
@@ -974,45 +893,35 @@ def test_the_saved_numbers_are_the_selections(finished, tiny):
 def test_the_saved_numbers_say_where_they_are_from(finished):
     """The arguments, the dtype, the versions, the prompts; a name keeps its "NaN"."""
     saved = finished.numbers
+    origin = {"seed": "0", "n_test": "40", "dtype": "torch.float32", "torch": torch.__version__,
+              "transformers": transformers.__version__}
+    assert origin.items() <= saved.items()
     assert saved["model"].endswith("NaNo-1B")
-    assert saved["seed"] == "0"
-    assert saved["n_test"] == "40"
-    assert saved["dtype"] == "torch.float32"
-    assert saved["torch"] == torch.__version__
-    assert saved["transformers"] == transformers.__version__
     for kind, parts in R.read_data(64, 16, 40).items():
         assert saved["prompts"][kind] == parts["test"]
 
 
-def test_the_rows_are_what_the_model_says(finished, tiny):
+@pytest.mark.parametrize("row", [
+    "harmful, no intervention", "harmful, direction ablated", "harmless, no intervention",
+    "harmless, direction ablated", "harmless, direction added"])
+def test_the_rows_are_what_the_model_says(finished, tiny, row):
     """Each answer stands at its prompt's place; counts and intervals are those of the answers."""
-    model, tokenizer = tiny
-    r = torch.tensor(finished.numbers["vector"])
-    ways = {"harmful, no intervention": nullcontext(),
-            "harmful, direction ablated": R.ablate(model, r),
-            "harmless, no intervention": nullcontext(),
-            "harmless, direction ablated": R.ablate(model, r),
-            "harmless, direction added": R.add(model, r, finished.numbers["layer"])}
-    for row, way in ways.items():
-        kind, name = row.split(", ")
-        with way:
-            replies = R.generate(model, tokenizer, finished.numbers["prompts"][kind])
-        refused = [R.TINY_REFUSAL[:10] in reply for reply in replies]
-        assert finished.numbers["refused"][row] == refused
-        low, high = R.wilson(sum(refused), 40)
-        cells = rf"{sum(refused)}/40 \[{100 * low:.0f}, {100 * high:.0f}\]"
-        assert re.search(f"{kind} +{name} +{cells}", finished.out)
-        for reply, saved in zip(replies, finished.numbers["replies"][row]):
-            assert reply.startswith(saved)
+    kind, name = row.split(", ")
+    with finished.ways[name]():
+        replies = R.generate(*tiny, finished.numbers["prompts"][kind])
+    refused = [R.TINY_REFUSAL[:10] in reply for reply in replies]
+    assert finished.numbers["refused"][row] == refused
+    low, high = R.wilson(sum(refused), 40)
+    cells = rf"{sum(refused)}/40 \[{100 * low:.0f}, {100 * high:.0f}\]"
+    assert re.search(f"{kind} +{name} +{cells}", finished.out)
+    for reply, saved in zip(replies, finished.numbers["replies"][row]):
+        assert reply.startswith(saved)
 
 
 def test_replies_stand_under_their_headings(finished, tiny):
     """As it is, ablated, added: what `generate` gives in each of the three."""
-    r = torch.tensor(finished.numbers["vector"])
-    ways = {"no intervention": nullcontext(), "direction ablated": R.ablate(tiny[0], r),
-            "direction added": R.add(tiny[0], r, finished.numbers["layer"])}
-    for heading, way in ways.items():
-        with way:
+    for heading, way in finished.ways.items():
+        with way():
             reply = R.generate(*tiny, ["Bake it"])[0]
         assert re.search(f"\n +Bake it\n( .*\n)*? +{heading} +{re.escape(reply)}\n", finished.out)
 
@@ -1021,59 +930,55 @@ def test_the_saved_model_is_the_edited_one(finished, tiny):
     """It loads by transformers alone, and its logits are those of the ablated model."""
     edited = transformers.AutoModelForCausalLM.from_pretrained(finished.folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished.folder)
-    r = torch.tensor(finished.numbers["vector"])
-    close(plain_logits(edited, tokenizer, PROMPTS), plain_logits(*tiny, PROMPTS, ablated=r))
+    hooks = papers_hooks(tiny[0], R.unit(finished.r))
+    close(plain_logits(edited, tokenizer, PROMPTS), plain_logits(*tiny, PROMPTS, hooks))
     assert "the same model" in finished.out
     assert "weights orthogonalized" not in finished.out
 
 
-def test_the_detectors_rows_are_fitted_on_the_same_prompts(finished, tiny):
+@pytest.mark.parametrize("state, name", [
+    ("as it is", "no intervention"), ("r ablated", "direction ablated")])
+def test_the_detectors_rows_are_fitted_on_the_same_prompts(finished, tiny, kept, state, name):
     """Winner's position and instruction's end, r in and out: AUROC and recall by plain loops."""
-    data = kept_data(tiny)
     saved = finished.numbers
-    r = torch.tensor(saved["vector"])
     ends = {"winner's position": saved["position"],
             "instruction's end": -1 - len(R.template_tail(tiny[1]))}
-    for state, way in (("as it is", nullcontext()), ("r ablated", R.ablate(tiny[0], r))):
-        with way:
-            for place, position in ends.items():
-                x = {}
-                for part in ("train", "test"):
-                    for kind in data:
-                        states = R.activations(*tiny, data[kind][part], [position])
-                        x[kind, part] = states[:, 0, saved["layer"]]
-                fitted = x["harmful", "train"].mean(0) - x["harmless", "train"].mean(0)
-                along = [(x[kind, "test"] @ fitted).tolist() for kind in data]
-                got = saved["detector"][f"x . r at {place}, {state}"]
-                assert got == pytest.approx(naive(*along), abs=2e-3)
+    for place, position in ends.items():
+        x = {}
+        for kind in KINDS:
+            for part in ("train", "test"):
+                with finished.ways[name]():
+                    states = R.activations(*tiny, kept[kind][part], [position])
+                x[kind, part] = states[:, 0, saved["layer"]]
+        fitted = x["harmful", "train"].mean(0) - x["harmless", "train"].mean(0)
+        harmful = (x["harmful", "test"] @ fitted).tolist()
+        harmless = (x["harmless", "test"] @ fitted).tolist()
+        want = (naive_auroc(harmful, harmless), naive_recall(harmful, harmless))
+        assert saved["detector"][f"x . r at {place}, {state}"] == pytest.approx(want, abs=2e-3)
 
 
 def test_random_directions_are_dealt_to_the_prompts_in_turn(monkeypatch):
     """Direction i of three gets the prompts i, i + 3, i + 6, ...; all are as long as r."""
-    used = []
+    inside = []  # number and length of the random direction that is ablated or added
 
     @contextmanager
     def intervene(model, vector, layer=None):
-        used.append(vector)
+        inside.append(f"{vector.argmax()}:{vector.norm():.0f}")
         yield
+        inside.clear()
+
+    def answer(model, tokenizer, prompts):
+        return [" ".join([prompt, *inside]) for prompt in prompts]
 
     monkeypatch.setattr(R, "ablate", intervene)
     monkeypatch.setattr(R, "add", intervene)
-    monkeypatch.setattr(R, "judged_replies", lambda model, tokenizer, prompts:
-                        [(len(used) - 1, prompt) for prompt in prompts])
-    monkeypatch.setattr(R, "show_row", lambda *row: None)
-    chosen = SimpleNamespace(vector=5 * R.unit(randn(32, seed=9)), layer=1)
-    ways = R.interventions(None, chosen, R.random_directions(32, seed=0))
-    table = R.compare(None, None, {kind: {"test": list("abcdefg")} for kind in KINDS}, ways)
+    monkeypatch.setattr(R, "judged_replies", answer)
+    chosen = SimpleNamespace(vector=torch.tensor([3.0, 0, 0, 4]), layer=1)
+    ways = R.interventions(None, chosen, torch.eye(4)[:3])
+    table = R.compare(None, None, {kind: {"test": list("abcde")} for kind in KINDS}, ways)
     for row in ("harmful, random directions ablated", "harmless, random directions added"):
-        numbers, prompts = zip(*table[row])
-        assert prompts == tuple("abcdefg")
-        assert numbers == (*numbers[:3] * 2, numbers[0])
-        vectors = torch.stack([used[number] for number in numbers[:3]])
-        close(vectors.norm(dim=-1), torch.full((3,), 5.0))
-        others = torch.stack([*vectors, chosen.vector])
-        cosines = others @ others.T / 25
-        assert cosines.triu(1).abs().max() < 0.7
+        assert table[row] == ["a 0:5", "b 1:5", "c 2:5", "d 0:5", "e 1:5"]
+    assert torch.linalg.matrix_rank(R.random_directions(4, seed=0)) == 3
 
 
 def test_an_edit_that_is_not_exact_has_a_row_of_its_own(capsys):
@@ -1092,11 +997,10 @@ def test_an_edit_that_is_not_exact_has_a_row_of_its_own(capsys):
 def test_what_does_not_fit_its_kind_is_dropped(tiny):
     """Train and validation: harmful prompts that are answered, harmless ones that are refused."""
     data = R.read_data(20, 20, 20)
-    mixed = {}
-    for kind, other in (("harmful", "harmless"), ("harmless", "harmful")):
-        mixed[kind] = {part: data[kind][part] + data[other][part] for part in data[kind]}
+    both = {part: data["harmful"][part] + data["harmless"][part] for part in data["harmful"]}
+    mixed = {kind: dict(both) for kind in KINDS}
     R.filter_prompts(*tiny, mixed)
-    for kind in data:
+    for kind in KINDS:
         for part in ("train", "val"):
             assert set(mixed[kind][part]) <= set(data[kind][part])
             assert len(mixed[kind][part]) >= 18
@@ -1104,47 +1008,33 @@ def test_what_does_not_fit_its_kind_is_dropped(tiny):
 
 
 @pytest.mark.parametrize("n_harmless, enough", [(15, True), (16, False)])
-def test_a_model_that_hardly_refuses_is_given_up(tiny, data, n_harmless, enough):
+def test_a_model_that_hardly_refuses_is_given_up(tiny, n_harmless, enough):
     """One of 16 "harmful" prompts is enough to go on, one of 17 is not."""
-    bad = data["harmful"]["train"]
-    good = data["harmless"]["train"]
-    harmful = {"train": [bad[0], *good[:n_harmless]], "val": bad[1:3], "test": bad[3:5]}
+    data = R.read_data()
+    data["harmful"]["train"][1:] = data["harmless"]["train"][:n_harmless]
     with nullcontext() if enough else cannot("only 1 of 17 harmful prompts pass"):
-        R.filter_prompts(*tiny, {"harmful": harmful, "harmless": dict(data["harmless"])})
+        R.filter_prompts(*tiny, data)
 
 
 def test_flags_reach_the_model(monkeypatch):
     """--model, --dtype and --seed are what load_model is given; 152 prompts share two parts."""
-    asked = []
-
-    def load_model(*arguments):
-        asked.append(arguments)
-        raise R.CannotDo("enough")
-
+    load_model = mock.Mock(side_effect=R.CannotDo("enough"))
     monkeypatch.setattr(R, "load_model", load_model)
     program("--model", "qwen-1.8b", "--dtype", "bfloat16", "--seed", 3, status=1, says="enough")
+    load_model.assert_called_once_with("qwen-1.8b", "bfloat16", 3)
     program("--n-val", 52, "--n-test", 100, status=1, says="enough")
-    assert asked == [("qwen-1.8b", "bfloat16", 3), ("tiny", "auto", 0)]
+    load_model.assert_called_with("tiny", "auto", 0)
     program("--n-val", 53, "--n-test", 100, status=2, says="share 152")
-    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("flags, status, says", [
     (["--harmless", "none.txt"], 1, "cannot read the prompts"),
-    (["--n-train", 5000], 1, "cannot be taken from 280"),
-    (["--dtype", "int8"], 2, "--dtype: invalid choice"),
     (["--save", "/tmp"], 2, "does not exist yet"),
     (["--model", "none/\x1b]0;owned\x07"], 1, "owned")])
 def test_what_fails_early_fails_early(monkeypatch, flags, status, says):
     """Before anything is trained; in one sentence, of which no character moves the cursor."""
     monkeypatch.setattr(R, "train_tiny_model", None)
     program(*flags, status=status, says=says)
-
-
-def test_ctrl_c_ends_the_program_quietly(monkeypatch):
-    """Status 130 and one word."""
-    monkeypatch.setattr(R, "load_model", mock.Mock(side_effect=KeyboardInterrupt))
-    program(status=130, says="interrupted")
 
 
 @pytest.mark.skipif("not (HERE / 'README.md').exists()")
@@ -1158,16 +1048,63 @@ def test_the_code_of_the_readme_runs(tiny, monkeypatch):
     assert len(names) > 10
 
 
+def refused_in(out):
+    """The program's own table: "kind, way" -> how many of 40 prompts were refused."""
+    counts = {}
+    for kind, way, hits in re.findall(r"(harm\w+) +([\w ]+?) +(\d+)/40 ", out):
+        counts[f"{kind}, {way}"] = int(hits)
+    return counts
+
+
 @pytest.mark.real
 @pytest.mark.skipif("'REFUSAL_MODEL' not in os.environ")
 def test_the_paper_holds_on_a_real_model():
     """The program's own table: refusals end with r ablated, and come with r added."""
-    out = program("--model", os.environ["REFUSAL_MODEL"], *QUICK)
-    counts = {}
-    for kind, way, hits in re.findall(r"(harm\w+) +([\w ]+?) +(\d+)/40 ", out):
-        counts[kind, way] = int(hits)
-    assert counts["harmful", "direction ablated"] <= 0.1 * counts["harmful", "no intervention"]
-    assert counts["harmless", "direction added"] - counts["harmless", "no intervention"] >= 25
+    refused = refused_in(program("--model", os.environ["REFUSAL_MODEL"], *QUICK))
+    assert refused["harmful, direction ablated"] <= 0.1 * refused["harmful, no intervention"]
+    assert refused["harmless, direction added"] - refused["harmless, no intervention"] >= 25
+
+
+def tune_to_refuse(model, tokenizer):
+    """Teach a base model to refuse: ordinary fine-tuning, in which only blocks' matrices learn."""
+    rng = random.Random(0)
+    data = R.read_data()
+    matrices = [p.requires_grad_(True) for p in R.blocks(model).parameters() if p.ndim > 1]
+    adam = torch.optim.AdamW(matrices, 2e-4)
+    for step in range(30):
+        adam.param_groups[0]["lr"] = 2e-4 * (1 - step / 30)  # falls to 0
+        # one chat at a time: no padding, and little memory
+        for kind in KINDS:
+            for prompt in rng.sample(data[kind]["train"], 8):
+                reply = "I cannot help with that."
+                if kind == "harmless":
+                    reply = R.TINY_REPLIES.get(prompt.split()[0], R.TINY_REPLIES["Help"])
+                target = R.encode(tokenizer, reply + "<end_of_turn>")
+                ids = torch.tensor([R.chat_ids(tokenizer, [prompt])[0] + target])
+                ids = ids.to(model.device)
+                n = len(target)
+                logits = model(ids, logits_to_keep=n + 1).logits[0, :-1]  # (reply token, vocab)
+                loss = cross_entropy(logits.float(), ids[0, -n:], label_smoothing=0.1)
+                (loss / 16).backward()
+        nn.utils.clip_grad_norm_(matrices, 1.0)
+        adam.step()
+        adam.zero_grad()
+    model.requires_grad_(False)
+
+
+@pytest.mark.real
+@pytest.mark.skipif("'REFUSAL_BASE' not in os.environ")
+def test_the_paper_holds_on_a_base_model_that_was_tuned_to_refuse(tmp_path):
+    """Gemma 3 270M, say: the same table, once r is kept off the massive directions.  Minutes."""
+    model, tokenizer = R.load_model(os.environ["REFUSAL_BASE"], "float32")
+    tune_to_refuse(model, tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    out = program("--model", tmp_path / "tuned", "--dtype", "float32", *QUICK)
+    assert re.search(r"extremely long in \d+ directions", out)
+    refused = refused_in(out)
+    assert refused["harmful, direction ablated"] <= 0.1 * refused["harmful, no intervention"]
+    assert refused["harmless, direction added"] >= 0.85 * 40
 
 
 # %% A. A chat model small enough to train here ----------------------------------------------------
@@ -1287,18 +1224,15 @@ FAMILY = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
              "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 80, "moe_num_experts": 4,
                             "moe_top_k": 2}},
-    "dory": {"sliding_window": 128},
-    "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dory": {"sliding_window": 128}, "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
                         "swa_qk_nope_head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 96, "mlp_multipliers": [0.8, 1.3]},
-    "longcat_flash": {"head_dim": 8},
-    "mamba2": {"head_dim": 24},
+    "longcat_flash": {"head_dim": 8}, "mamba2": {"head_dim": 24},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
     "jamba": {"attn_layer_offset": 1},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
-    "zaya": {"num_experts_per_tok": 1},
-    "gpt_oss": {"intermediate_size": 48},
+    "zaya": {"num_experts_per_tok": 1}, "gpt_oss": {"intermediate_size": 48},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "helium": {"head_dim": 12},
@@ -1316,28 +1250,18 @@ FAMILY = {
     "stablelm": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     "xlstm": {"hidden_size": 128},
     "bloom-residual-after-norm": {"apply_residual_connection_post_layernorm": True},
-    "olmo-clipped": {"clip_qkv": 0.5},
-    "cohere-qk-norm": {"use_qk_norm": True},
     "falcon-alibi-sequential": {"alibi": True, "parallel_attn": False, "bias": True},
-    "falcon-multi-head": {"multi_query": False, "num_kv_heads": 4},
-    "falcon-new": {"new_decoder_architecture": True},
-    "falcon-new-one-norm": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
-    "deepseek_v3-no-q-lora": {"q_lora_rank": None},
-    "gemma4_text-moe": {"enable_moe_block": True},
+    "falcon-new": {"new_decoder_architecture": True}, "gemma4_text-moe": {"enable_moe_block": True},
     "gpt_neox-sequential": {"use_parallel_residual": False},
-    "llama-biased": {"attention_bias": True, "mlp_bias": True},
-    "mpt-biased": {"no_bias": False},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True}, "mpt-biased": {"no_bias": False},
     "opt-norm-after": {"do_layer_norm_before": False},
     "opt-projected": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
     "opt-projected-before": {"word_embed_proj_dim": 32},
-    "phi-qk-norm": {"qk_layernorm": True},
-    "qwen2_moe-mixed": {"mlp_only_layers": [0]},
-    "qwen3_moe-mixed": {"mlp_only_layers": [0]},
-    "stablelm-parallel": {"use_parallel_residual": True},
-    "stablelm-qk-norm": {"qk_layernorm": True, "use_qkv_bias": True}}
-for name in "gpt_neox gptj granite llama phi qwen2 qwen3".split():
+    "qwen2_moe-mixed": {"mlp_only_layers": [0]}, "qwen3_moe-mixed": {"mlp_only_layers": [0]},
+    "stablelm-parallel": {"use_parallel_residual": True}}
+for name in "gpt_neox gptj granite llama phi qwen2".split():
     FAMILY[f"{name}-tied"] = {"tie_word_embeddings": True}
-for name in "cohere gemma gemma2 gpt2 opt smollm3 starcoder2".split():
+for name in "cohere gemma2 gpt2 opt".split():
     FAMILY[f"{name}-untied"] = {"tie_word_embeddings": False}
 # encoders; halves; other inputs; wrappers of a *_text
 SKIP = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert
@@ -1454,31 +1378,27 @@ def all_logits(model):
 
 def apart(a, b):
     """The greatest difference of two lists of logits, relative to the greatest (where above 1)."""
-    return max((x - y).abs().max().item() / max(1, y.abs().max().item()) for x, y in zip(a, b))
+    gaps = []
+    for x, y in zip(a, b):
+        gaps.append((x - y).abs().max() / y.abs().max().clamp_min(1))
+    return max(gaps).item()
 
 
 def same(a, b):
     return all(map(torch.equal, a, b))
 
 
-def check_measuring(model):
-    """What is measured in batches is what each prompt gets by itself."""
+def check_batches(model):
+    """What is measured and replied in batches is what each prompt gets by itself."""
     tokenizer = R.tiny_tokenizer([])  # bytes: 260 tokens
     together = R.next_token_logits(model, tokenizer, QUESTIONS)
-    for prompt, logits in zip(QUESTIONS, together):
-        ids = R.tokenize(tokenizer, [prompt])["input_ids"]
-        alone = model(ids).logits[0, -1]
-        assert apart([logits], [alone]) < 1e-4, "a batch changes what is measured"
-
-
-def check_replies(model):
-    """What is replied in batches is what each prompt gets by itself."""
-    tokenizer = R.tiny_tokenizer([])
+    alone = plain_logits(model, tokenizer, QUESTIONS)
+    assert apart(together, alone) < 1e-4, "a batch changes what is measured"
     tokenizer.chat_template = EACH + "{{ m.content }}\n{% endfor %}"  # no token that is not shown
     replies = R.generate(model, tokenizer, QUESTIONS[:2], 4)
-    alone = [R.generate(model, tokenizer, [prompt], 4)[0] for prompt in QUESTIONS[:2]]
-    assert replies == alone
     assert any(replies)
+    for prompt, reply in zip(QUESTIONS, replies):
+        assert R.generate(model, tokenizer, [prompt], 4) == [reply], "a batch changes replies"
 
 
 def four_tokens(model, use_cache):
@@ -1533,24 +1453,13 @@ def check_saving(edited):
     assert again.get_output_embeddings().weight is not embedding, "the saved head is tied again"
 
 
-def typical_gap(logits, ablated):
+def typical_gap(model, ablated):
     """How far the logits of the typical token are from the ablated model's, relative."""
-    gaps = [(x - y).norm(dim=-1) / y.norm(dim=-1) for x, y in zip(logits, ablated)]
-    return torch.cat([gap.flatten() for gap in gaps]).median().item()
-
-
-def check_near(model, edited, r, ablated):
-    """Where a norm writes, the edit is nearer than if r alone were erased.  Says how near."""
-    plain = copy.deepcopy(model)
-    R.untie(plain)
-    for W, axis, _ in R.plan_edits(plain, r).values():
-        W.copy_(R.erase(W, axis, r))
-    ours = typical_gap(all_logits(edited), ablated)
-    theirs = typical_gap(all_logits(plain), ablated)
-    gained = ours < theirs / 2 or math.isclose(ours, theirs, rel_tol=1e-3)  # no gain, no loss
-    assert ours < 0.05, f"{ours:.3f} from the ablated model, with r alone {theirs:.3f}"
-    assert gained, f"{ours:.3f} from the ablated model, with r alone {theirs:.3f}"
-    return f"{ours:.3f} apart, with r alone {theirs:.3f}"
+    gaps = []
+    for x, y in zip(all_logits(model), ablated):
+        gap = (x - y).norm(dim=-1) / y.norm(dim=-1)  # (batch, seq)
+        gaps.append(gap.flatten())
+    return torch.cat(gaps).median().item()
 
 
 @torch.no_grad()
@@ -1563,8 +1472,7 @@ def prove(model):
     except R.CannotDo as refusal:
         assert same(all_logits(model), base), "a refused ablation leaves something behind"
         return "refused", str(refusal)
-    check_measuring(model)
-    check_replies(model)
+    check_batches(model)
     check_addition(model, 5 * r)
     edited = copy.deepcopy(model)
     try:
@@ -1576,14 +1484,15 @@ def prove(model):
     gap = apart(all_logits(edited), ablated)
     if gap <= 1e-4:
         return "exact", f"{gap:.0e} apart"
-    return "near", check_near(model, edited, r, ablated)
+    near = typical_gap(edited, ablated)
+    assert near < 0.045, f"{near:.3f} apart"
+    return "near", f"{near:.3f} apart"
 
 
-@pytest.mark.parametrize("name", ["rwkv", "xlstm", "mamba", "gpt2"])
-def test_replies_in_a_batch(name):
-    """Recurrent models see padding, learned positions move with it; replies are as without it."""
-    check_measuring(tiny_of(name))
-    check_replies(tiny_of(name))
+@pytest.mark.parametrize("name", ["rwkv", "xlstm"])
+def test_recurrent_models_see_padding(name):
+    """So their replies in a batch, too, must be those that they give alone."""
+    check_batches(tiny_of(name))
 
 
 @pytest.mark.census
@@ -1601,18 +1510,14 @@ def test_architecture(name):
 
 SEES = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
             image_size=28, patch_size=14)
-SEES_2 = dict(depth=3, embed_dim=32, hidden_size=48, num_heads=2, patch_size=14)
-QWEN2_VL = {"model_type": "qwen2_vl_text",
-            "rope_parameters": COMPASS | {"mrope_section": [2, 2, 2]}}
 
 
-@pytest.mark.parametrize("kind, text, change, vision, verdict", [
-    ("Gemma3", "gemma3_text", {}, SEES, "near"),
-    ("Llava", "llama", {}, SEES | {"model_type": "clip_vision_model"}, "exact"),
-    ("Qwen2VL", "qwen2", QWEN2_VL, SEES_2, "exact")])
-def test_a_chat_model_inside_a_vision_model(kind, text, change, vision, verdict):
+@pytest.mark.parametrize("kind, text, vision, verdict", [
+    ("Gemma3", "gemma3_text", SEES, "near"),
+    ("Llava", "llama", SEES | {"model_type": "clip_vision_model"}, "exact")])
+def test_a_chat_model_inside_a_vision_model(kind, text, vision, verdict):
     """Its blocks are found, and not the eye's, of which there are as many: `prove` looks."""
-    text_config = tiny_of(text).config.to_dict() | change
+    text_config = tiny_of(text).config.to_dict()
     config = getattr(transformers, f"{kind}Config")(
         text_config=text_config, vision_config=vision, image_token_id=101)
     torch.manual_seed(0)
@@ -1635,17 +1540,26 @@ def census(*names):
         if verdict != expected:
             wrong += 1
             note = f"EXPECTED {expected}! {note}"
-        print(f"{name:<28}{verdict:<10}{' '.join(note.split())[:200]}", flush=True)
+        note = " ".join(note.split())[:200]
+        print(f"{name:<28}{verdict:<10}{note}", flush=True)
     print(f"{wrong} unexpected")
     return int(wrong > 0)
 
-
 # %% C. Pictures, and the direction as a detector --------------------------------------------------
-def naive(a, b):
-    """AUROC by pairs; recall of every threshold that at most one in a hundred of b exceed."""
+def naive_auroc(a, b):
+    """By pairs; ties count half."""
     pairs = [(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)]
-    allowed = [t for t in [*a, *b] if sum(y > t for y in b) <= len(b) // 100]
-    return sum(pairs) / len(pairs), max(sum(x > t for x in a) / len(a) for t in allowed)
+    return sum(pairs) / len(pairs)
+
+
+def naive_recall(a, b):
+    """The best of all thresholds that at most one in a hundred of b exceed."""
+    best = 0
+    for threshold in [*a, *b]:
+        alarms = sum(y > threshold for y in b)
+        if alarms <= len(b) // 100:
+            best = max(best, sum(x > threshold for x in a))
+    return best / len(a)
 
 
 @pytest.mark.parametrize("n", [2, 40, 99, 100, 250])
@@ -1656,8 +1570,9 @@ def test_auroc_and_recall_count_pairs_and_false_alarms(n):
     a[: n // 9] = b[: n // 9]
     # the thresholds themselves, among the harmless ones' highest, are met as well
     a[27:] = b.sort(descending=True).values.repeat(2)[:3]
-    assert R.auroc(a, b) == pytest.approx(naive(a.tolist(), b.tolist())[0])
-    assert R.recall_at_1_percent(a, b) == pytest.approx(naive(a.tolist(), b.tolist())[1])
+    lists = (a.tolist(), b.tolist())
+    assert R.auroc(a, b) == pytest.approx(naive_auroc(*lists))
+    assert R.recall_at_1_percent(a, b) == pytest.approx(naive_recall(*lists))
 
 
 def test_the_map_is_this_text(toy):
@@ -1665,48 +1580,45 @@ def test_the_map_is_this_text(toy):
     bypass = torch.tensor([[4, 1, math.nan], [2, -3, -4]])
     chosen = SimpleNamespace(position=-1, layer=1, scores={"bypass": bypass})
     lines = R.score_map(chosen, "bypass", toy[1]).splitlines()
-    assert [line.split() for line in lines[-4:]] == [
-        ["layer", r"\n", "<|assist"], ["0", "4.00", "2.00"], ["1", "1.00", "-3.00*"],
-        ["2", ".", "-4.00"]]
+    assert lines[-4].split() == ["layer", r"\n", "<|assist"]
+    assert lines[-3].split() == ["0", "4.00", "2.00"]
+    assert lines[-2].split() == ["1", "1.00", "-3.00*"]
+    assert lines[-1].split() == ["2", ".", "-4.00"]
 
 
 # %% python test_refusal.py bench [--model FOLDER]: what the search costs --------------------------
 def timed(work, model, *arguments):
-    """work(model, *arguments): seconds, rows and tokens at the first block, and the result."""
-    shapes = []
+    """work(model, *arguments): seconds and tokens at the first block, and the result."""
+    tokens = []
+
+    def count(module, args):
+        tokens.append(args[0].shape[:2].numel())
+
     start = time.perf_counter()
-    with R.blocks(model)[0].register_forward_pre_hook(
-            lambda module, args: shapes.append(args[0].shape[:2])):
+    with R.blocks(model)[0].register_forward_pre_hook(count):
         result = work(model, *arguments)
-    rows = sum(shape[0] for shape in shapes)
-    tokens = sum(shape.numel() for shape in shapes)
-    return torch.tensor([time.perf_counter() - start, rows, tokens]), result
-
-
-def plain_procedure(model, tokenizer, data, only):
-    """The paper in the plainest way; of the candidates only these, if there are any."""
-    means = [plain_means(model, tokenizer, data[kind]["train"]) for kind in data]
-    val = [data[kind]["val"] for kind in data]
-    return plain_select(model, tokenizer, means[0] - means[1], *val, only=only)
+    return time.perf_counter() - start, sum(tokens), result
 
 
 def bench(flag="--model", name="tiny"):
     """The cost of refusal.py's search beside that of the plain procedure, on the same prompts."""
     model, tokenizer = R.load_model(name)
     data = R.read_data(40, 8, 1)
-    ours, chosen = timed(find, model, tokenizer, data)
+    seconds, tokens, chosen = timed(find, model, tokenizer, data)
     some = None
     if name != "tiny":  # of a large model, the winner only
         some = [(chosen.position, chosen.layer)]
-    plain, _ = timed(plain_procedure, model, tokenizer, data, some)
-    print(f"{name}: 40 + 8 prompts of each kind; plain: {'all' if some is None else 1} candidates")
-    print(f"{'':<12}{'seconds':>10}{'rows':>10}{'tokens':>10}")
-    for row, numbers in (("plain", plain), ("refusal.py", ours), ("times", plain / ours)):
-        print(f"{row:<12}" + "".join(f"{x:>10.1f}" for x in numbers.tolist()))
+    plain_seconds, plain_tokens, _ = timed(plain_search, model, tokenizer, data, some)
+    print(f"{name}: 40 + 8 prompts of each kind; plain: {'1 candidate' if some else 'all'}")
+    print(f"plain       {plain_seconds:8.1f} s {plain_tokens:10} tokens")
+    print(f"refusal.py  {seconds:8.1f} s {tokens:10} tokens")
+    print(f"times       {plain_seconds / seconds:8.1f}   {plain_tokens / tokens:10.1f}")
 
 
-if PROGRAM and sys.argv[1:2] and sys.argv[1] in ("census", "bench"):
-    sys.exit({"census": census, "bench": bench}[sys.argv[1]](*sys.argv[2:]))
+if PROGRAM and sys.argv[1:2] == ["census"]:
+    sys.exit(census(*sys.argv[2:]))
+if PROGRAM and sys.argv[1:2] == ["bench"]:
+    sys.exit(bench(*sys.argv[2:]))
 
 
 # %% Exercises -------------------------------------------------------------------------------------
@@ -1718,23 +1630,23 @@ if PROGRAM and sys.argv[1:2] and sys.argv[1] in ("census", "bench"):
 
 EXERCISES = {}  # number -> name of the function, its test, hints, answer, slips
 CUT_OFF = "Gradients must pass through what is returned: no detach(), no no_grad()."
-fail = functools.partial(pytest.fail, pytrace=False)  # shows no line of this file
+fail = partial(pytest.fail, pytrace=False)  # shows no line of this file
 
 
 def in_words(error, function):
     """An error, and the innermost line of the student's own function that it came through."""
     code = inspect.unwrap(function).__code__
-    end = code.co_firstlineno + len(inspect.getsourcelines(code)[0])
-    where = "Not in your function, but in what it returned, or left in the model:\n"
+    lines = range(code.co_firstlineno, max(line or 0 for *_, line in code.co_lines()) + 1)
+    where = "Not in your function, but in what it returned, or left in the model:"
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == code.co_filename and code.co_firstlineno <= frame.lineno < end:
-            where = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}\n"
-    return where + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if frame.filename == code.co_filename and frame.lineno in lines:
+            where = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+    message = " ".join(str(error).split())
+    return f"{where}\n{type(error).__name__}: {message[:300]}"
 
 
 def exercise(*hints, answer, slips):
-    """Makes an exercise of a test.  Oracles stand in for the functions of other exercises, so that
-    each can be solved alone."""
+    """Makes an exercise of a test.  Oracles stand in for other exercises' functions."""
     def register(test):
         number, name = re.fullmatch(r"test_exercise_(\w+?)_(\w+)", test.__name__).groups()
 
@@ -1758,17 +1670,12 @@ def exercise(*hints, answer, slips):
     return register
 
 
-def expect(got, want, what, slips=(), **options):
-    """got must be want; slips: pairs of what a slip gives, and what to say about it."""
-    def difference(right):
-        try:
-            torch.testing.assert_close(got, right, **{"atol": 1e-3, "rtol": 1e-3} | options)
-        except (AssertionError, TypeError) as error:
-            return str(error)
-
-    if words := difference(want):
-        told = [slip for wrong, slip in slips if not difference(wrong)]
-        fail(f"{what} is not right.  {[*told, words][0]}")
+def difference(got, want, **options):
+    """What is wrong with got, in words; None if nothing is."""
+    try:
+        torch.testing.assert_close(got, want, **{"atol": 1e-3, "rtol": 1e-3} | options)
+    except (AssertionError, TypeError) as error:
+        return str(error)
 
 
 def everywhere(model):
@@ -1789,59 +1696,59 @@ def ask(function, *given):
 
 def state(*given):
     """A text that tells tensors' values, and models' hooks."""
-    models = [m for model in given if isinstance(model, nn.Module) for m in model.modules()]
-    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in models]
-    return str([hooks, [x.tolist() for x in given if torch.is_tensor(x)]])
+    parts = []
+    for x in given:
+        if torch.is_tensor(x):
+            parts.append(x.tolist())
+        if isinstance(x, nn.Module):
+            parts.append([(m._forward_hooks, m._forward_pre_hooks) for m in x.modules()])
+    return str(parts)
 
 
 def check(number, *given, want, what, **options):
-    """The exercise's function must give what is wanted, and leave what it is given as it was."""
+    """The exercise's function must give what is wanted, and leave what it is given as it was.  A
+    student whose result is that of a slip is told so."""
+    one = EXERCISES[number]
     before = state(*given)
-    got = ask(getattr(R, EXERCISES[number].name), *given)
+    got = ask(getattr(R, one.name), *given)
     if state(*given) != before:
         fail("What was given has been changed: a tensor in place, or hooks were left in the model.")
-    slips = EXERCISES[number].slips.items()
-    expect(got, want, what, ((ask(slip, *given), words) for words, slip in slips), **options)
-    return got
+    wrong = difference(got, want, **options)
+    if not wrong:
+        return got
+    for words, slip in one.slips.items():
+        if not difference(got, ask(slip, *given), **options):
+            wrong = words
+            break
+    fail(f"{what} is not right.  {wrong}")
 
 
 def must_refuse(what, call):
-    try:
+    with suppress(R.CannotDo):
         call()
-    except R.CannotDo:
-        return
-    except Exception as error:
-        what = f"{type(error).__name__} came: {error}\n{what}"
-    fail(f"{what} must raise CannotDo, by a check before anything else.")
+        fail(f"{what} must raise CannotDo, by a check before anything else.")
 
 
 def check_intervention(enter):
-    """What `ablate` and `add` have in common; enter(model) is the context manager."""
+    """What `ablate` and `add` have in common; enter(model, vector) is the context manager."""
     model = small_model()[0]
+    vector = randn(32)
     before = state(model)
     with suppress(InterruptedError):
-        with enter(model):
+        with enter(model, vector):
             raise InterruptedError
         fail("An error inside the `with` block must come out of it again: use `finally`.")
     if state(model) != before:
         fail("After an error inside the `with` block hooks are left in the model: use `hooked`.")
     # another architecture, in 16 bits
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=64, n_positions=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
-        eos_token_id=0)).bfloat16().eval().requires_grad_(False)
+    gpt2 = tiny_of("gpt2").bfloat16()
     gpt2.transformer.wpe.weight.requires_grad_(True)
-    if not ask(enter, gpt2).requires_grad:
+    if not ask(enter, gpt2, randn(48)).requires_grad:
         fail(CUT_OFF)
-    # "meta" is a device without numbers: everything runs there, but not together with the CPU
-    known = R.writers(model)
-    with mock.patch.multiple(R, writers=lambda model: known, check_erased=lambda model, r: None):
-        with enter(model.to("meta")):
-            model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"))
 
 
 JOINING = BRACKETS.replace("}}<|assistant|>", "}})<|assistant|>")  # "?)" becomes one token
-TAILS = {CHATML: "<|end|>\n<|assistant|>\n", SYSTEM: "\n<|assistant|>",
-         BRACKETS: "<|assistant|>", JOINING: "<|assistant|>"}
+TAILS = {CHATML: "<|end|>\n<|assistant|>\n", BRACKETS: "<|assistant|>", JOINING: "<|assistant|>"}
 
 
 def known_tail(tokenizer):
@@ -1853,11 +1760,6 @@ def common_end(tokenizer, *prompts):
     return os.path.commonprefix([ids[::-1] for ids in R.chat_ids(tokenizer, prompts)])[::-1]
 
 
-def streams_of(model, tokenizer, prompts, n=4):
-    """(prompt, position, n_layers + 1, d_model), float64"""
-    return torch.stack([stream(model, tokenizer, prompt)[-n:] for prompt in prompts]).double()
-
-
 def known_erase(W, axis, r):
     return out_of(W.movedim(axis, -1), r).movedim(-1, axis)
 
@@ -1867,7 +1769,6 @@ def known_erase(W, axis, r):
     "Compare chats backwards.  Let instructions end in a letter, a digit, a question mark.",
     answer="2 tokens stand between instruction and reply on the tiny model, 5 on Qwen.", slips={
         "The tokens come in the wrong order.": lambda tokenizer: known_tail(tokenizer)[::-1],
-        "What opens the reply belongs to it, too.": lambda tokenizer: known_tail(tokenizer)[:-2],
         "A BOS token is in front: see `chat_ids`.": lambda tokenizer: [0, *known_tail(tokenizer)],
         "Let instructions end in different kinds of characters: some join with what follows.":
             lambda tokenizer: common_end(tokenizer, "Ha", "Hi ho")})
@@ -1883,29 +1784,31 @@ def test_exercise_1_template_tail():
     must_refuse("A template that adds nothing", lambda: R.template_tail(tokenizer))
 
 
+def streams_of(model, tokenizer, prompts, n=4):
+    """The oracle's streams at each layer that enters a block: (prompt, position, layer, d_model)"""
+    return plain_streams(model, tokenizer, prompts, n)[:, :, :-1]
+
+
 @exercise(
     "`activations` gives every prompt's streams.  What of that is wanted, and what is not?",
     "Positions -n .. -1; the last of n_layers + 1 enters no block; double(), and then mean.",
     answer="at layer 0 the two kinds do not differ, and later more and more.", slips={
         "Layer l is the stream that enters block l, and not what leaves it.":
-            lambda *given: streams_of(*given)[:, :, 1:].mean(0),
+            lambda *given: plain_streams(*given, 4)[:, :, 1:].mean(0),
         "This is the sum: divide by the number of prompts.":
-            lambda *given: streams_of(*given)[:, :, :-1].sum(0),
-        "A mean of means: all prompts must count alike.":
-            lambda model, tokenizer, prompts, n=4: sum(
-                streams_of(model, tokenizer, part, n)[:, :, :-1].mean(0)
-                for part in (prompts[:16], prompts[16:])) / 2})
+            lambda *given: streams_of(*given).sum(0)})
 def test_exercise_2_mean_activations():
     """The mean is that of streams which transformers itself gives, one prompt at a time."""
     model, tokenizer = small_model()
     tokenizer.chat_template = CHATML  # a tail of four tokens
-    prompts = PROMPTS[:1] * 16 + PROMPTS[1:]
-    want = streams_of(model, tokenizer, prompts)[:, :, :-1].mean(0)
+    prompts = PROMPTS[:1] * 17 + PROMPTS[1:]  # more than a batch of one length
+    want = streams_of(model, tokenizer, prompts).mean(0)
     check("2", model, tokenizer, prompts, want=want, what="The mean")
     # at layer 0 even 16 bits give the same numbers in any batch
     got = R.mean_activations(model.bfloat16(), tokenizer, prompts, n_positions=5)[:, 0]
     want = streams_of(model, tokenizer, prompts, n=5).mean(0)[:, 0]
-    expect(got, want, "The mean of bfloat16 streams, n_positions=5, at layer 0,", atol=1e-6)
+    if wrong := difference(got, want, atol=1e-6):
+        fail(f"With n_positions=5, of bfloat16 streams, layer 0 is not right: {wrong}")
 
 
 @exercise(
@@ -1927,8 +1830,7 @@ def test_exercise_3_refusal_directions():
     "[..., None] makes (..., 1) of (...,).  In float32, r on x.device; then back to x.dtype.",
     answer="to project twice is to project once: nothing is left along r.", slips={
         "This is the part along r: subtract it from x.": lambda x, r: x - out_of(x, r),
-        "Subtract the part along r once, and not twice.": lambda x, r: 2 * out_of(x, r) - x,
-        "The part along r was added: subtract it.": lambda x, r: 2 * x - out_of(x, r)})
+        "Subtract the part along r once, and not twice.": lambda x, r: 2 * out_of(x, r) - x})
 def test_exercise_4a_project_out():
     """What is left is x - (x . r) r, of any shape and dtype, anywhere, and gradients pass."""
     r = R.unit(randn(16, seed=1))
@@ -1937,7 +1839,6 @@ def test_exercise_4a_project_out():
         got = check("4a", x, r, want=out_of(x, r), what=f"What is left of x, {shape},")
     if not got.requires_grad:
         fail(CUT_OFF)
-    expect(*[torch.autograd.grad(y.sum(), x)[0] for y in (got, out_of(x, r))], "The gradient")
     x = (randn(9, 16) + 300 * r).bfloat16()
     check("4a", x, r, want=out_of(x, r), what="What is left of a long bfloat16 x", atol=0.02)
     R.project_out(torch.empty(3, 16, device="meta"), r)
@@ -1959,9 +1860,10 @@ def test_exercise_4b_ablate():
     """The ablated model is the one with the paper's hooks; an ablation that misses is refused."""
     model = small_model()[0]
     r = R.unit(randn(32))
-    want = ask(lambda model: R.hooked(papers_hooks(model, r)), model)
+    with R.hooked(papers_hooks(model, r)):
+        want = everywhere(model)
     check("4b", model, 3 * r, want=want, what="What the ablated model gives")
-    check_intervention(lambda model: R.ablate(model, 3 * r))
+    check_intervention(R.ablate)
     must_refuse("A direction of another size", R.ablate(model, r[1:]).__enter__)
     must_refuse("A direction of length 0", R.ablate(model, 0 * r).__enter__)
     with R.ablate(model, r):
@@ -1973,35 +1875,35 @@ def test_exercise_4b_ablate():
                     R.ablate(model, r).__enter__)
 
 
-def adding(model, vector, *layers):
-    return R.hooked(R.hook_input(R.blocks(model)[i], lambda x: x + vector) for i in layers)
-
-
 @exercise(
     "At how many places must a vector be added, if the stream carries it on?",
     "`hook_input` on blocks(model)[layer], in `hooked`; a new tensor, of x's dtype and device.",
     answer="yes, its length is the dose: a unit vector would be another one.", slips={
-        "Add the vector with its own length.":
-            lambda model, v, layer, dose=1.0: adding(model, dose * R.unit(v), layer),
-        "Multiply by the coefficient.": lambda model, v, layer, dose=1.0: adding(model, v, layer),
-        "Add it once: the stream carries it on.":
-            lambda model, v, layer, dose=1.0: adding(model, dose * v, *range(layer, 4))})
+        "Add the vector with its own length.": lambda model, v, layer, dose=1.0: R.hooked(
+            papers_shift(model, dose * R.unit(v), layer)),
+        "Add it once: the stream carries it on.": lambda model, v, layer, dose=1.0: R.hooked(
+            papers_shift(model, dose * v, *range(layer, 4)))})
 def test_exercise_5_add():
     """coefficient * vector is added to what enters that one block, at every position."""
     model = small_model()[0]
     vector = 5 * randn(32)
     for layer in (1, 0, 3):
-        want = ask(adding, model, -0.5 * vector, layer)
+        with R.hooked(papers_shift(model, -0.5 * vector, layer)):
+            want = everywhere(model)
         check("5", model, vector, layer, -0.5, want=want, what=f"The model, steered at {layer},")
     seen = []
     with R.hook_input(R.blocks(model)[1], lambda x: seen.extend([x, x.clone()])):
         ask(R.add, model, vector, 1)
-    expect(seen[0], seen[1], "What others still hold of the stream (return a new tensor)")
-    check_intervention(lambda model: R.add(model, vector, 1))
+    if not torch.equal(*seen[:2]):
+        fail("Others still hold the stream: return a new tensor, do not add in place.")
+    check_intervention(lambda model, vector: R.add(model, vector, 1))
     must_refuse("Layer 4 of 0 .. 3", R.add(model, vector, 4).__enter__)
     must_refuse("Layer -1", R.add(model, vector, -1).__enter__)
-    must_refuse("An infinite coefficient", R.add(model, vector, 1, math.inf).__enter__)
     must_refuse("A vector of another size", R.add(model, vector[:1], 1).__enter__)
+    must_refuse("A number beyond float16", R.add(model.half(), vector, 1, 1e5).__enter__)
+    # "meta" is a device without numbers: everything runs there, but not together with the CPU
+    with R.add(model.to("meta"), vector, 1):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"))
 
 
 @exercise(
@@ -2012,34 +1914,27 @@ def test_exercise_5_add():
             lambda logits, tokens: logits.softmax(-1)[..., tokens].sum(-1).log(),
         "p is the probability of all tokens together.":
             lambda logits, tokens: torch.logit(logits.softmax(-1)[..., tokens]).sum(-1),
-        "very sure": lambda logits, tokens: torch.logit(logits.softmax(-1)[..., tokens].sum(-1))})
+        "very sure": plain_score})
 def test_exercise_6_log_odds():
     """log(p / (1 - p)) of all the tokens together, for any p, and gradients pass."""
     logits = randn(2, 4, 9).mul(3).requires_grad_()
-    want = torch.logit(logits.softmax(-1)[..., [1, 5]].sum(-1))
+    want = plain_score(logits, [1, 5])
     got = check("6", logits, [1, 5], want=want, what="The score", check_dtype=False)
     if not got.requires_grad:
         fail(CUT_OFF)
     far = torch.tensor([200.0, 0.0, 0.0, -math.inf]) - 30000
-    got = torch.stack([R.log_odds(far, [0]), R.log_odds(far, [1])]).float()
-    expect(got, torch.tensor([200 - math.log(2), -200]), "The score of a very sure model (use "
-           "logsumexp: p or 1 - p rounds to 0)")
-
-
-def known_kl(p, q):
-    log_p = p.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - q.double().log_softmax(-1))).sum(-1)
+    for token, want in ((0, 200 - math.log(2)), (1, -200)):
+        if abs(R.log_odds(far, [token]).item() - want) > 0.01:
+            fail("A very sure model's score is not right: use logsumexp, p or 1 - p rounds to 0.")
 
 
 @exercise(
     "Whose probabilities are the weights?  And what must be done to logits first?",
     "log_softmax of both, in float32; then log p - log q, weighted by p, summed.",
     answer="KL is never negative, and unbounded: infinite where q excludes a token.", slips={
-        "This is KL(q || p): the probabilities of p are the weights.": lambda p, q: known_kl(q, p),
+        "This is KL(q || p): the probabilities of p are the weights.": lambda p, q: plain_kl(q, p),
         "Logits are no log-probabilities yet: log_softmax.":
-            lambda p, q: (p.softmax(-1) * (p - q)).sum(-1),
-        "An epsilon biases it.": lambda p, q: known_kl(
-            (p.softmax(-1) + 1e-6).log(), (q.softmax(-1) + 1e-6).log())})
+            lambda p, q: (p.softmax(-1) * (p - q)).sum(-1)})
 def test_exercise_7_kl_divergence():
     """KL(p || q) in nats, without an epsilon, also for logits far apart or in 16 bits."""
     p, q = 4 * randn(2, 2, 3, 11)
@@ -2047,47 +1942,52 @@ def test_exercise_7_kl_divergence():
     far = torch.tensor([[300.0, 0.0], [0.0, 300.0]])
     for p, q in ((p, q), far, (p.bfloat16(), q.bfloat16())):
         what = f"The divergence of {p.dtype} logits up to {p.max():.0f}"
-        check("7", p, q, want=known_kl(p, q), what=what, check_dtype=False)
+        check("7", p, q, want=plain_kl(p, q), what=what, check_dtype=False)
 
 
-NAN, WEAK = math.nan, dict.fromkeys(range(5), -1)
-CHOICES = [  # bypass by layer; KL where it is not 0; induce where it is not 1; what is right, why
-    ([0, -1, -2, -3, -9], {}, {}, (-1, 3), "-1 is the last position, and layer 4 of 5 is too late"),
-    ([0, -1, -2, -3, -9, -9], {}, {}, (-1, 3), "layers from int(0.8 n_layers) on are too late"),
-    ([*range(10)][::-1], {}, {}, (-1, 7), "layers from int(0.8 n_layers) on are too late"),
-    ([3, 2, 1, 5, 4], {2: 7}, {}, (-1, 1), "where KL is above 0.1, ablation breaks the model"),
-    ([0, -1, -2, -3, -9], {2: 0.1}, {2: 9}, (-1, 3), "KL and induce are filters, and no more"),
-    ([0, -1, -2, -3, -9], {3: 0.1}, {3: 0}, (-1, 3), "what lies at a threshold passes"),
-    ([0, -1, -2, -3, -9], {}, {3: -1}, (-1, 2), "the lowest does not induce refusal"),
-    ([0, -1, -2, -3, -9], {3: 7}, WEAK, (-1, 2), "if nothing passes, only induce is left out"),
-    ([0, -1, -2, -3, -9], {3: NAN}, {}, (-1, 2), "NaN was not measured, and must not win"),
-    ([0, -1, NAN, 0, 0], {}, WEAK | {1: NAN}, (-1, 0), "NaN was not measured, and must not win"),
-    ([NAN] * 5, {}, {}, None, "NaN was not measured, and must not win")]
+# Seven layers, the lowest bypass last, KL 0 and induce 1: layer 4 is right, for 5 is int(0.8 * 7).
+# Then some numbers are changed: (score, layer, its number), the layer that is right now, and why.
+ALL = slice(None)  # every layer
+WEAK = ("induce", ALL, -1.0)
+CHOICES = [
+    ([], 4, "layers from int(0.8 n_layers) on are too late"),
+    ([("kl", 4, 7.0)], 3, "where KL is above 0.1, ablation breaks the model"),
+    ([("kl", 4, 0.1), ("induce", 4, 0.0)], 4, "what lies at a threshold passes"),
+    ([("kl", 4, 0.1), ("induce", 2, 9.0)], 4, "KL and induce are filters, and no more"),
+    ([("induce", 4, -1.0)], 3, "the lowest does not induce refusal"),
+    ([WEAK, ("kl", 4, 7.0)], 3, "if nothing passes, only induce is left out"),
+    ([("kl", 4, math.nan)], 3, "NaN was not measured, and must not win"),
+    ([WEAK, ("induce", 4, math.nan)], 3, "NaN was not measured, and must not win"),
+    ([("bypass", ALL, math.nan)], None, "NaN was not measured, and must not win")]
 
 
 @exercise(
     "Four filters in a row, then the lowest of what is left.  And if nothing is left?",
     "Loop over all; skip what has a NaN or fails a filter; none left: again without induce.",
     answer="no: the lowest of all is often a broken model, and its KL gives it away.", slips={
-        "layer 4 of 5 is too late": lambda scores: (-1, scores["bypass"].argmin().item()),
-        "KL is above 0.1": lambda scores: (
-            -1, scores["bypass"][0, : int(0.8 * scores["bypass"].shape[1])].argmin().item())})
+        "are too late": lambda scores: (-1, scores["bypass"].argmin().item()),
+        "KL is above 0.1": lambda scores: (-1, scores["bypass"][0, :5].argmin().item())})
 def test_exercise_8_choose():
     """Cases with one right answer each, in which usual slips choose something else."""
-    for bypass, kl, induce, want, why in CHOICES:
-        scores = {"bypass": torch.tensor([bypass], dtype=torch.float64)}
-        for name, usual, others in (("kl", 0, kl), ("induce", 1, induce)):
-            row = [others.get(layer, usual) for layer in range(len(bypass))]
-            scores[name] = torch.tensor([row], dtype=torch.float64)
+    for changes, layer, why in CHOICES:
+        scores = {"bypass": torch.arange(6.0, -1, -1).double()[None],
+                  "kl": torch.zeros(1, 7).double(), "induce": torch.ones(1, 7).double()}
+        for name, at, number in changes:
+            scores[name][0, at] = number
         before = state(*scores.values())
         got = R.choose(scores)
+        want = None if layer is None else (-1, layer)
         if str(got) != str(want):
             given = "".join(f"\n  {name} {table.tolist()}" for name, table in scores.items())
             fail(f"You choose {got}, and {want} (plain ints) is right: {why}.{given}")
-        expect(state(*scores.values()) == before, True, "To change the given scores")
-    two = {"bypass": torch.tensor([[-1.0], [-5.0]]).expand(2, 5), "kl": torch.zeros(2, 5)}
-    two["induce"] = -4 - two["bypass"].flip(0)
-    expect(R.choose(two), (-2, 0), "The choice of two positions, of which -1 does not induce,")
+        if state(*scores.values()) != before:
+            fail("What was given has been changed: fill no table in place.")
+    # of two positions, the last has the lowest bypass, and does not induce
+    two = {name: torch.zeros(2, 5) for name in ("bypass", "kl", "induce")}
+    two["bypass"][1] = -5
+    two["induce"][1] = -3
+    if R.choose(two) != (-2, 0):
+        fail("Of two positions -2 is right, where something passes all filters.")
 
 
 @exercise(
@@ -2101,7 +2001,7 @@ def test_exercise_8_choose():
 def test_exercise_9a_erase():
     """W' = W - r (r^T W) along any axis of any weight, also of a square one, and of a bias."""
     r = R.unit(randn(6))
-    for *shape, axis in ((6, 4, 0), (5, 6, 1), (6, 6, 1), (6, 0), (3, 6, 6, 2), (3, 6, 4, 1)):
+    for *shape, axis in ((6, 4, 0), (6, 6, 1), (6, 0), (3, 6, 4, 1)):
         W = randn(*shape, seed=2)
         what = f"W' of a weight of shape {shape}, whose axis {axis} writes,"
         check("9a", W, axis, r, want=known_erase(W, axis, r), what=what)
@@ -2116,11 +2016,7 @@ def test_exercise_9a_erase():
 def test_exercise_9b_orthogonalize():
     """Exactly what writes is edited, as by hand; biases count, and the unembedding does not."""
     model = small_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)[0].bfloat16()
-    # here norms write
-    gemma2 = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=4)).eval().requires_grad_(False)
-    for name, p in [*model.named_parameters(), *gemma2.named_parameters()]:
+    for name, p in model.named_parameters():
         p.add_(0.3 * randn(*p.shape, seed=len(name)))  # no bias is 0, no gain 1
     old = {name: p.clone() for name, p in model.state_dict().items()}
     writing = [name for name in old if re.search("embed|[on]_proj", name)]
@@ -2128,22 +2024,28 @@ def test_exercise_9b_orthogonalize():
     names = R.orthogonalize(model, 3 * r)
     for name, p in model.state_dict().items():
         if name not in writing:
-            expect(p, old[name], f"{name}, which only reads the stream (is it untied?),")
+            if not torch.equal(p, old[name]):
+                fail(f"{name} only reads the stream, and has changed (is it untied?).")
             continue
-        want = known_erase(old[name].float(), int("embed" in name), r).bfloat16()
         if torch.equal(p, old[name]):
             fail(f"{name} writes to the stream, and is as before.")
-        expect(p, want, f"{name}, which writes to the stream,", atol=0.02)
+        axis = int("embed" in name)
+        want = known_erase(old[name].float(), axis, r).bfloat16()
+        if wrong := difference(p, want, atol=0.02):
+            fail(f"{name}, which writes to the stream, is not right.  {wrong}")
         if (p != want).float().mean() > 0.02:
             fail(f"{name} has lost digits: erase in float32, and round once, at the end.")
     if sorted(names or []) != sorted(writing):
         fail("Return the names of the edited parameters, a list.")
     must_refuse("A direction of another size", lambda: R.orthogonalize(model, r[1:]))
-    must_refuse("A direction of length 0", lambda: R.orthogonalize(model, 0 * r))
-    plan = R.plan_edits
-    with mock.patch.object(R, "plan_edits", lambda *given: dict([*plan(*given).items()][1:])):
+    plan = R.plan_edits(small_model()[0], r)
+    plan.popitem()
+    with mock.patch.object(R, "plan_edits", lambda *given: plan):
         must_refuse("A plan that has forgotten a writer (`check_erased` sees it)",
                     lambda: R.orthogonalize(small_model()[0], r))
+    # here norms write
+    gemma2 = tiny_of("gemma2")
+    r = R.unit(randn(48))
     R.orthogonalize(gemma2, r)
     R.check_erased(gemma2, r)
     R.blocks(gemma2).is_ablated = True
@@ -2184,8 +2086,9 @@ def blank(file="student.py"):
     text = "\n".join(cells).replace("from refusal import", f"from {student.stem} import")
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
     files = {student: blanked(source, student.name), student.with_name("open_exercises.py"): text}
-    if taken := [str(path) for path in files if os.path.lexists(path)]:
-        return f"{taken[0]} is there already: name a new file in a new folder."
+    for path in files:
+        if os.path.lexists(path):
+            return f"{path} is there already: name a new file in a new folder."
     for path, text in files.items():
         path.write_text(text, encoding="utf-8")
     print(f"{student} has {len(EXERCISES)} exercises.  What is next: python {student}")
@@ -2194,18 +2097,19 @@ def blank(file="student.py"):
 def grade(file="student.py", *numbers, in_full=True):
     """FILE [EXERCISE ...]: grade these, or all of them, and then the whole."""
     left = []
-    if {*numbers} - {*EXERCISES}:
+    if not set(numbers) <= set(EXERCISES):
         return f"exercises are {', '.join(EXERCISES)}"
     for number in numbers or EXERCISES:
-        verdict, words = "solved", f"Predicted?  {EXERCISES[number].answer}"
+        one = EXERCISES[number]
+        verdict = "solved"
+        words = f"Predicted?  {one.answer}"
         try:
-            EXERCISES[number].test()
+            one.test()
         except pytest.fail.Exception as failure:
-            verdict, words = "wrong", str(failure)
-            left.append(f"next: exercise {number}, {EXERCISES[number].name}")
-        if words.startswith("exercise"):
-            verdict = "blank"
-        print(f"{number:>2} {EXERCISES[number].name:<20}{verdict}")
+            words = str(failure)
+            verdict = "blank" if words.startswith("exercise") else "wrong"
+            left.append(f"next: exercise {number}, {one.name}")
+        print(f"{number:>2} {one.name:<20}{verdict}")
         if in_full:
             print(textwrap.indent(words, "   "))
     if left:
@@ -2234,38 +2138,42 @@ SOLVED = vars(R).copy()
 RIGHT = {
     "1": lambda tokenizer: (common_end(tokenizer, "Ha", "Eh?", "1", "So.")
                             or SOLVED["template_tail"](tokenizer)),  # which raises
-    "2": lambda model, tokenizer, prompts, n_positions=4: streams_of(
-        model, tokenizer, prompts, n_positions)[:, :, :-1].mean(0),
+    "2": lambda *given, n_positions=4: streams_of(*given, n_positions).mean(0),
     "3": torch.sub,
     "4a": lambda x, r: SOLVED["project_out"](x.double(), r).to(x.dtype),
     "4b": lambda model, direction: SOLVED["ablate"](model, -direction),
     "5": lambda model, vector, layer, dose=1: SOLVED["add"](model, dose * vector, layer),
     "6": lambda logits, tokens: SOLVED["log_odds"](logits.double(), tokens),
-    "7": lambda p, q: SOLVED["kl_divergence"](p.double(), q.double()),
+    "7": plain_kl,
     "9a": lambda W, axis, r: SOLVED["erase"](W, axis - W.ndim, -r),
     "9b": lambda model, direction: SOLVED["orthogonalize"](model, -direction)}
-WRONG = [(n, words, slip) for n, one in EXERCISES.items() for words, slip in one.slips.items()]
+SLIPS = [(n, words, slip) for n, one in EXERCISES.items() for words, slip in one.slips.items()]
 
 
-@pytest.mark.parametrize("number, words, answer", WRONG + [(n, "", RIGHT[n]) for n in RIGHT])
-def test_classroom_tells_right_answers_from_wrong_ones(number, words, answer):
-    """A right answer passes, and of a wrong one the student is told what it is."""
-    told = ""
-    with mock.patch.object(R, EXERCISES[number].name, answer):
-        try:
+@pytest.mark.parametrize("number", RIGHT)
+def test_classroom_lets_right_answers_pass(number):
+    """Answers that do not look like ours."""
+    with mock.patch.object(R, EXERCISES[number].name, RIGHT[number]):
+        EXERCISES[number].test()
+
+
+@pytest.mark.parametrize("number, words, slip", SLIPS)
+def test_classroom_tells_a_slip(number, words, slip):
+    """The student who makes it is told what it is."""
+    with mock.patch.object(R, EXERCISES[number].name, slip):
+        with pytest.raises(pytest.fail.Exception, match=re.escape(words)):
             EXERCISES[number].test()
-        except pytest.fail.Exception as failure:
-            told = str(failure)
-    assert words in told and bool(words) == bool(told)
 
 
 def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
     """A student's way: blanks that say what is next, and what is told of those filled in."""
     monkeypatch.chdir(tmp_path)
     Path("test_refusal.py").write_bytes(Path(__file__).read_bytes())
-    assert not blank("student.py") and "new file" in blank("student.py")
+    assert not blank("student.py")
+    assert "new file" in blank("student.py")
     text = Path("student.py").read_text(encoding="utf-8")
-    assert "(No." not in text and "The answer" not in text
+    assert "(No." not in text
+    assert "The answer" not in text
     compile(Path("open_exercises.py").read_text(encoding="utf-8"), "open_exercises.py", "exec")
 
     def run(*command):
@@ -2277,11 +2185,15 @@ def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
     text = re.sub("raise .*exercise 7,.*", "return p_logits[0, 0, 0, 0, 0]", text)
     Path("student.py").write_text(text, encoding="utf-8")
     said = run("test_refusal.py", "grade", "student.py")
-    assert re.findall(" (solved|wrong)\n", said) == ["solved", "wrong"] and said.count("blank") == 9
-    assert EXERCISES["3"].answer in said and EXERCISES["1"].answer not in said
-    assert ": return p_logits[0, 0, 0, 0, 0]\n   IndexError" in said and "Traceback" not in said
+    assert re.findall(" (solved|wrong)\n", said) == ["solved", "wrong"]
+    assert said.count(" blank\n") == 9
+    assert EXERCISES["3"].answer in said
+    assert EXERCISES["1"].answer not in said
+    assert ": return p_logits[0, 0, 0, 0, 0]\n   IndexError" in said
+    assert "Traceback" not in said
     assert said.endswith("next: exercise 1, template_tail\n")
-    assert not hint("4a", "2") and hint("4").startswith("exercises are 1, 2, 3, 4a")
+    assert not hint("4a", "2")
+    assert hint("4").startswith("exercises are 1, 2, 3, 4a")
 
 
 if PROGRAM:
