@@ -745,21 +745,21 @@ def attribution(model, tokenizer, directions, prompts):
             # autograd follows o from here on (all but the first do so already)
             o.requires_grad_()
             outputs.append(o)
+            return o.clone()  # the model goes on with a copy, because some change it in place
 
         with torch.enable_grad():
             with hooked(hook_output(module, keep) for module in modules):
                 logits = forward(model, input_ids)[:, -1].float()  # (batch, vocab)
-            # prompts do not influence each other: the gradient of the sum of their scores is, at
-            # each prompt, the gradient of its own
             gradients = torch.autograd.grad(log_odds(logits, tokens).sum(), outputs)
-        change = torch.zeros(len(input_ids), n_candidates)
+        change = torch.zeros(n_candidates)
         for o, gradient in zip(outputs, gradients):
             R = units.to(o.device)
             part = (gradient.float() @ R) * (o.detach().float() @ R)  # (batch, seq, candidate)
-            # some MLPs join batch and seq into one axis
-            part = part.reshape(len(input_ids), -1, n_candidates)
-            change -= part.sum(1).cpu()  # (batch, candidate)
-        return change
+            # the sum over all but candidates: some writers join batch and seq into one axis, and
+            # position embeddings have no batch
+            change -= part.flatten(0, -2).sum(0).cpu()  # (candidate,)
+        # only the mean over prompts is asked for: each prompt gets the mean of its batch
+        return (change / len(input_ids)).expand(len(input_ids), -1)  # (batch, candidate)
 
     changes = measure(model, tokenizer, prompts, estimate, batch_size=8)  # (prompt, candidate)
     return changes.mean(0).view(directions.shape[:2])
