@@ -1117,6 +1117,8 @@ def test_the_paper_holds_on_the_tiny_model(seed, data, request):
     def rate(kind):
         return R.refusal_rate(R.generate(model, tokenizer, data[kind]["test"], 24))
 
+    data = copy.deepcopy(data)
+    R.filter_prompts(model, tokenizer, data)  # as the program does
     chosen = find(model, tokenizer, data)
     noise = R.unit(randn(len(chosen.vector), seed=seed + 1)) * chosen.vector.norm()
     assert rate("harmful") >= 0.85
