@@ -1635,8 +1635,8 @@ def detector_table(model, tokenizer, data, chosen, along, massive):
     """
     n_positions = along["harmful"].shape[1]
     with ablate(model, chosen.vector):
-        harmful_mean, harmless_mean = (
-            mean_activations(model, tokenizer, data[kind]["train"], n_positions) for kind in data)
+        harmful_mean = mean_activations(model, tokenizer, data["harmful"]["train"], n_positions)
+        harmless_mean = mean_activations(model, tokenizer, data["harmless"]["train"], n_positions)
         anew = keep_off(refusal_directions(harmful_mean, harmless_mean), massive)
         along_ablated = along_each(model, tokenizer, data, anew)
     rows = {}
