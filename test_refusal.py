@@ -1038,12 +1038,11 @@ def test_what_fails_early_fails_early(monkeypatch, flags, status, says):
 
 
 @pytest.mark.skipif("not (HERE / 'README.md').exists()")
-def test_the_code_of_the_readme_runs(tiny, monkeypatch):
+def test_the_code_of_the_readme_and_of_the_classroom_runs(tiny, monkeypatch):
     """Block after block, in one namespace, as in a notebook."""
     monkeypatch.setattr(R, "load_model", lambda *name: copy.deepcopy(tiny))  # one block tunes it
     names = {}
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    for block in re.findall("```python\n(.*?)```", text, re.DOTALL):
+    for block in re.findall("```python\n(.*?)```", open_exercises(), re.DOTALL):
         exec(block, names)
     assert len(names) > 10
 
@@ -2101,15 +2100,19 @@ def blanked(source, student):
     return re.sub("^if __name__ ==.*\n", lambda line: line[0] + CHECK, text, flags=re.MULTILINE)
 
 
+def open_exercises():
+    """README's code and the classroom's, as text; "" where these files are not."""
+    files = [HERE / "README.md", HERE / "CLASSROOM.md"]
+    return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
+
+
 def blank(file="student.py"):
-    """FILE: write refusal.py with blanks, and beside it README's code as runnable cells."""
+    """FILE: write refusal.py with blanks, and beside it the open exercises as runnable cells."""
     student = Path(file)
     cells = []
-    if (HERE / "README.md").exists():
-        readme = (HERE / "README.md").read_text(encoding="utf-8")
-        for title, code in re.findall("((?:.+\n)+)\n*```python\n((?:.|\n)*?)```", readme):
-            title = title.strip("#\n ").replace("\n", "\n# ")
-            cells.append(f"# %% {title}\n{code}")
+    for title, code in re.findall("((?:.+\n)+)\n*```python\n((?:.|\n)*?)```", open_exercises()):
+        title = title.strip("#\n ").replace("\n", "\n# ")
+        cells.append(f"# %% {title}\n{code}")
     text = "\n".join(cells).replace("from refusal import", f"from {student.stem} import")
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
     files = {student: blanked(source, student.name), student.with_name("open_exercises.py"): text}
