@@ -7,6 +7,7 @@ and you have an ordinary model that cannot refuse.
 
     python refusal.py                       # a tiny chat model, trained here and now: no download
     python refusal.py --model qwen-1.8b     # an alias, a hub id, or a local folder
+    python refusal.py --help                # all options
 
 Read sections 1 to 9 from the top, then section 10 at the end of the file.  Each section says what
 comes and why, and then shows it in a few short functions.  "Pause" asks you to guess first.
@@ -65,7 +66,7 @@ class CannotDo(ValueError):
 
 @contextmanager
 def in_one_sentence(what):
-    """What a library raises while it loads, reads or saves becomes a CannotDo that quotes it."""
+    """Turn whatever is raised inside the `with` statement into a CannotDo that quotes it."""
     try:
         yield
     except CannotDo:
@@ -194,7 +195,7 @@ def chat_ids(tokenizer, prompts):
     special token in an instruction, such as "<|user|>", is read as that token.)"""
     # if every reply begins with the same words, such as "<think></think>", we write them into the
     # prompt, as a part of the tail (appendix B); in most models this header is ""
-    header, _ = reply_header(tokenizer)
+    header, _ = reply_header(tokenizer)  # the other part is for section 6
     texts = [render(tokenizer, prompt) + header for prompt in prompt_list(prompts)]
     return [encode(tokenizer, text) for text in texts]
 
@@ -203,7 +204,7 @@ def template_tail(tokenizer):
     """The token ids that follow every instruction, a list.  Raises CannotDo if there are none.
 
     >>> tokenizer = tiny_tokenizer(["Hi"])  # template: <|user|> instruction newline <|assistant|>
-    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # \u010a stands for a newline
+    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # it writes a newline as \u010a
     ['\u010a', '<|assistant|>']
     """
     # on which tokens do all chats end?  The instructions end on characters of different kinds,
@@ -251,7 +252,8 @@ def blocks(model):
 
 
 def hook_input(block, change):
-    """Put a hook in: the stream x that enters the block becomes change(x), unless that is None."""
+    """Put a hook in: the stream x that enters the block becomes change(x).  If change returns None,
+    x stays as it is."""
     def hook(module, args, kwargs):
         # the stream is the first argument or, in some models, has this name
         x = change(args[0] if args else kwargs["hidden_states"])
@@ -265,7 +267,7 @@ def hook_input(block, change):
 
 
 def hook_output(module, change):
-    """Put a hook in: the module's output o becomes change(o), unless that is None."""
+    """Put a hook in: the module's output o becomes change(o), or stays if change returns None."""
     def hook(module, args, output):
         if not isinstance(output, (tuple, list)):
             return change(output)
@@ -371,6 +373,7 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
         mean[i, l] = 1/|prompts| * sum over prompts of x_i^(l)
 
     i: the positions of the template's tail, or the last n_positions; l: the layers 0 .. L-1.
+    (float64, because the directions are small differences of large means.)
     """
     if n_positions is None:
         n_positions = len(template_tail(tokenizer))
@@ -385,8 +388,9 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
 # From here on, r is the *unit* vector along d, r = d / |d|.
 #
 # Before we change the model, we look: how far does each prompt's stream x lie along the r of its
-# position and layer?  That is one number for each prompt, x . r, and the run draws these numbers.
-# What to expect: at layer 0 nothing; from the first or middle layers on, the two kinds separate.
+# position and layer?  That is one number for each prompt, x . r, and the run draws these numbers
+# (`along_each`, appendix C).  What to expect: from the first or middle layers on, the two kinds
+# separate.
 
 
 def refusal_directions(harmful_mean, harmless_mean):
@@ -612,8 +616,8 @@ def kl_divergence(p_logits, q_logits):
 #
 # So the paper drops candidates with KL > 0.1, with induce < 0, and in the last fifth of the layers,
 # which are near the output and may only block the word "I".  Of the rest it takes the one with the
-# lowest bypass.  What to expect of the winner in Qwen2.5-Coder-0.5B: bypass falls from +0.8 to
-# -2.3, induce rises from -2.8 to +0.3, and KL is .03.
+# lowest bypass.  What to expect of the winner: in Qwen2.5-Coder-0.5B-Instruct (README), bypass
+# falls from +0.8 to -2.3, induce rises from -2.8 to +0.3, and KL is .03.
 
 KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8  # the paper's thresholds
 
@@ -695,13 +699,13 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     CannotDo if no candidate will do.  Deviation: the paper measures all, as exhaustive=True does.
     This search stops once one has passed all filters and PATIENCE more have not been better, so it
     can miss a better one that the estimate puts far behind."""
-    # candidates, each a (position, layer), the lowest estimate first
+    # each a (position, layer); left out are layer 0, where d is 0, and the late layers
     order = most_promising_first(model, tokenizer, directions, harmful_val, exhaustive)
     base_logits = next_token_logits(model, tokenizer, harmless_val)
     # NaN where not measured; each is (position, layer)
     bypass, kl, induce = torch.full((3, *directions.shape[:2]), math.nan)
     best = None  # the best so far that has passed all filters
-    misses = 0  # how many were measured since then
+    misses = 0  # how many have been measured since
     for candidate in tqdm(order, desc="candidates", leave=False, disable=None):
         if best is not None and misses == PATIENCE and not exhaustive:
             break
@@ -771,8 +775,9 @@ def erase(W, axis, r):
 
 
 def untie(model):
-    """If the unembedding shares the embedding's tensor, give it a copy.  The embedding writes and
-    is edited; the unembedding only reads.  The saved configuration says so, too."""
+    """If the unembedding shares the embedding's tensor, give it a copy, and note in the model's
+    configuration that it has one.  The embedding writes and is edited; the unembedding only reads.
+    """
     for name in model.all_tied_weights_keys:  # transformers' list of what shares a tensor
         module_name, _, weight = name.rpartition(".")
         shared = model.get_parameter(name)
@@ -811,7 +816,8 @@ def orthogonalize(model, direction):
 
 # %% 9. What the model says ------------------------------------------------------------------------
 # A model can *begin* like a refusal and then answer.  So what counts in the end are whole replies:
-# greedy, and judged by the phrases that refusals are made of.
+# greedy, and judged by the phrases that refusals are made of.  (`refusals` in appendix C is a quick
+# way to do both.)
 #
 # This does not tell everything.  A reply without such a phrase may be babble, a dodge, or wrong.
 # The KL of section 7 looks at only one token, and only at harmless prompts.  `is_broken` and
@@ -849,10 +855,11 @@ def is_refusal(text):
 
 
 def is_broken(tokenizer, text):
-    """Does the reply repeat itself (at most half of its tokens are different ones), or is it empty?
+    """Does the reply repeat itself: has it at most half as many distinct tokens as tokens?
 
     A plain sign that the model no longer speaks.  It agrees with our reading of 134 of 140 replies
-    of up to 64 tokens, and misses the other six (README).  Deviation: not in the paper.
+    of up to 64 tokens, and misses the other six (README).  An empty reply counts as broken, too.
+    Deviation: not in the paper.
     """
     ids = encode(tokenizer, text)
     return len(set(ids)) <= len(ids) / 2
@@ -861,29 +868,6 @@ def is_broken(tokenizer, text):
 def refusal_rate(completions):
     """The share of completions that refuse, 0 to 1."""
     return sum(is_refusal(text) for text in completions) / len(completions)
-
-
-def judged_replies(model, tokenizer, prompts, max_new_tokens=64):
-    """Replies for `is_refusal`, a list of text.  To save time, one that has refused within 8 tokens
-    may end there."""
-    prompts = prompt_list(prompts)
-    short = min(8, max_new_tokens)
-    # if most of a few replies do not refuse, write all in full at once
-    if refusal_rate(generate(model, tokenizer, prompts[:4], short)) < 0.5:
-        return generate(model, tokenizer, prompts, max_new_tokens)
-    # else most refusals show early: go on only where none has come yet
-    replies = generate(model, tokenizer, prompts, short)
-    unclear = [i for i, reply in enumerate(replies) if not is_refusal(reply)]
-    if unclear:
-        longer = generate(model, tokenizer, [prompts[i] for i in unclear], max_new_tokens)
-        for i, reply in zip(unclear, longer):
-            replies[i] = reply
-    return replies
-
-
-def refusals(model, tokenizer, prompts, max_new_tokens=64):
-    """Which of the prompts are refused within so many tokens: a list of bool."""
-    return [is_refusal(text) for text in judged_replies(model, tokenizer, prompts, max_new_tokens)]
 
 
 def reply_loss(model, tokenizer, prompts, replies):
@@ -896,6 +880,7 @@ def reply_loss(model, tokenizer, prompts, replies):
     """
     losses = []
     for prompt_ids, reply in zip(chat_ids(tokenizer, prompts), replies):
+        # `generate` has decoded the reply as a text of its own, and so it is encoded
         reply_ids = encode(tokenizer, reply)
         ids = torch.tensor([prompt_ids + reply_ids])  # (1, seq)
         # logits at token i predict token i + 1
@@ -1031,6 +1016,7 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
 
 def random_tokens(model, batch=1, seq=16):
     """Token ids, (batch, seq), the same at every call, where any text will do."""
+    # a generator of its own: nobody else's random numbers change
     vocab = model.get_input_embeddings().num_embeddings
     same = torch.Generator().manual_seed(0)
     return torch.randint(vocab, (batch, seq), generator=same)
@@ -1117,6 +1103,7 @@ def summands(node, start, made):
     """
     if node is start:
         return [start]
+    # what this tensor was made from
     parents = [parent for parent, _ in node.next_functions if parent is not None]
     is_sum = node.name().startswith("AddBackward")
     passes_on = len(parents) == 1 and node not in made
@@ -1235,8 +1222,8 @@ def writing_weights(writer, u):
 
 def through_norm(norm, z, r):
     """The u and w, (d_model,) each, with which to edit what writes z, the input of the norm."""
-    eye = torch.eye(len(r), device=z.device, dtype=z.dtype)
     # fed unit vectors, the norm shows its gain; its bias, if it has one, cancels
+    eye = torch.eye(len(r), device=z.device, dtype=z.dtype)
     A = (norm(eye) - norm(-eye)).float().detach()  # (in, out)
     r = r.to(z.device)
     gain = A.diagonal()
@@ -1443,16 +1430,17 @@ def padding_is_seen(model):
     and with these long-context positions the longest prompt changes how all are read."""
     if re.search("longrope|dynamic", str(getattr(text_config(model), "rope_parameters", ""))):
         return True
+    # the same 12 tokens beside 5 tokens of padding, and alone
     ids = random_tokens(model, seq=17).to(input_device(model))
     mask = torch.ones_like(ids)
     mask[:, :5] = 0
     logits = []
-    # the same 12 tokens beside 5 tokens of padding, and alone
     for start in (0, 5):
         reply = model.generate(
             input_ids=ids[:, start:], attention_mask=mask[:, start:], do_sample=False,
             max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
         logits.append(reply.logits[0].float())  # (1, vocab)
+    # more than rounding?
     gap = torch.dist(*logits) / torch.dist(logits[1], torch.zeros_like(logits[1]))
     return gap.item() > max(1e-3, 8 * torch.finfo(model.dtype).eps)
 
@@ -1466,6 +1454,7 @@ def greedy_settings(model, tokenizer, max_new_tokens):
     which would stay in force.  Some models keep them in a part of theirs, so all modules are asked.
     """
     ends = end_tokens(model, tokenizer)
+    # ours
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens)
     if ends:
         # a reply that has ended waits, padded, for the longest one of its batch
@@ -1507,6 +1496,7 @@ def parse(argv=None):
     flag("--dtype", default="auto", help="auto: bfloat16 on a GPU, else float32",
          choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
+    # what cannot work fails before anything is loaded
     if args.model == "tiny" and args.n_val + args.n_test > 152:
         parser.error("the tiny model is taught 128 of 280 prompts: --n-val and --n-test share 152.")
     if args.save and os.path.lexists(args.save):
@@ -1646,6 +1636,7 @@ def score_map(chosen, name, tokenizer):
     columns = []
     for token in template_tail(tokenizer):
         columns.append(f"{printable(tokenizer.decode([token]))[:8]:>9}")
+    # then a row for each layer
     lines = [f"{name}: a line a layer, a column a position; * the winner, . not measured",
              "layer  " + "".join(columns)]
     for layer, row in enumerate(chosen.scores[name].T.tolist()):
@@ -1708,6 +1699,7 @@ def check_random_ablation(model, tokenizer, prompts, direction):
 
 def show_choice(chosen):
     """Stage 7: the winner's numbers.  Raises CannotDo if erasing it changes almost nothing."""
+    # how much did the search have to measure?
     measured = chosen.scores["bypass"].isfinite().sum().item()
     with_kl = chosen.scores["kl"].isfinite().sum().item()
     if chosen.relaxed:
@@ -1720,6 +1712,29 @@ def show_choice(chosen):
     if chosen.base_bypass - chosen.bypass < 1:
         raise CannotDo("no refusal direction was found: erasing the best candidate lowers the "
                        "score of harmful prompts by less than 1.")
+
+
+def judged_replies(model, tokenizer, prompts, max_new_tokens=64):
+    """Replies for `is_refusal`, a list of text.  To save time, one that has refused within 8 tokens
+    may end there: no later word changes the verdict."""
+    prompts = prompt_list(prompts)
+    short = min(8, max_new_tokens)
+    # if most of a few replies do not refuse, write all in full at once
+    if refusal_rate(generate(model, tokenizer, prompts[:4], short)) < 0.5:
+        return generate(model, tokenizer, prompts, max_new_tokens)
+    # else most refusals show early: go on only where none has come yet
+    replies = generate(model, tokenizer, prompts, short)
+    unclear = [i for i, reply in enumerate(replies) if not is_refusal(reply)]
+    if unclear:
+        longer = generate(model, tokenizer, [prompts[i] for i in unclear], max_new_tokens)
+        for i, reply in zip(unclear, longer):
+            replies[i] = reply
+    return replies
+
+
+def refusals(model, tokenizer, prompts, max_new_tokens=64):
+    """Which of the prompts are refused within so many tokens: a list of bool."""
+    return [is_refusal(text) for text in judged_replies(model, tokenizer, prompts, max_new_tokens)]
 
 
 def interventions(model, chosen, random_vectors):
@@ -1769,6 +1784,7 @@ def compare(model, tokenizer, data, ways):
 def show_row(kind, name, replies, tokenizer):
     """One row of the table: how many refuse, the interval of that share in percent, and how many of
     the others are broken."""
+    # a refusal that repeats itself is still a refusal
     others = [reply for reply in replies if not is_refusal(reply)]
     refused = len(replies) - len(others)
     broken = sum(is_broken(tokenizer, reply) for reply in others)
@@ -1780,6 +1796,7 @@ def show_row(kind, name, replies, tokenizer):
 def show_costs(model, tokenizer, prompts, replies, ways):
     """Stage 9: the loss of the model's own replies to eight prompts that it has answered: what was
     done -> nats a token.  Of the random directions, the first one is ablated."""
+    # a refusal's loss would tell about refusing
     answered = [i for i, reply in enumerate(replies) if reply and not is_refusal(reply)][:8]
     costs = {}
     if not answered:
@@ -1840,21 +1857,22 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
 
 # %% 10. The run -----------------------------------------------------------------------------------
 # Each stage prints what it has found under the number of its section (appendix C has what prints).
-# Four things are added:
+# Added to the sections are:
 #
 # - Training and validation prompts that are harmful but answered, or harmless but refused, are
 #   dropped first.
 # - Controls: three random directions, as long as d, are ablated and added, too, each on another
 #   third of the test prompts.  An effect that random directions have, too, is not due to r.
 # - x . r is tried as a detector of harmful prompts, at the chosen position and where the
-#   instruction ends (the token before the tail, called t_inst in later papers).  The rows "r
-#   ablated" of its table use new differences in means, taken in the ablated model.  They still
-#   separate the kinds: a model that has lost its refusal has not lost its knowledge of harm.
+#   instruction ends: on the token before the tail, called t_inst in later papers.
+# - Does a model that has lost its refusal still know harm?  The detector's rows "r ablated" use
+#   new differences in means, taken in the ablated model.  They still separate the kinds: it does.
 # - Section 8 comes last, because it changes the model for good.
+
 
 def find_direction(args, model, tokenizer, data):
     """Stages 3 to 7: returns a Selection, three random directions, and the detector's table."""
-    stage("3 means", "the mean stream at each position of the template's tail and at each layer")
+    stage("3 means", "at each position of the tail, at the one before it, and at each layer")
     # one position more than the tail has: number 0 is t_inst, only for the detector
     n_positions = len(template_tail(tokenizer)) + 1
     harmful_mean = mean_activations(model, tokenizer, data["harmful"]["train"], n_positions)
@@ -1880,7 +1898,8 @@ def find_direction(args, model, tokenizer, data):
     chosen = select_direction(model, tokenizer, candidates, data["harmful"]["val"],
                               data["harmless"]["val"], exhaustive=args.map)
     show_choice(chosen)
-    for name in chosen.scores if args.map else ["bypass"]:
+    drawn = list(chosen.scores) if args.map else ["bypass"]
+    for name in drawn:
         print(f"\n{score_map(chosen, name, tokenizer)}\n")
 
     stage("7 detector", "does x . r tell harmful prompts from harmless ones?")
@@ -1928,9 +1947,10 @@ def run(args):
 
 def main(argv=None):
     """Run the program; the exit status: 0, 1 (cannot be done), 2 (a bad flag) or 130 (Ctrl-C)."""
-    transformers.utils.logging.set_verbosity_error()  # what is wrong we say ourselves
+    # what is wrong we say ourselves, and a pipe or a file gets clean text
+    transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a pipe or a file gets clean text
+        transformers.utils.logging.disable_progress_bar()
     try:
         run(parse(argv))
         return 0
