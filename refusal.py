@@ -32,8 +32,8 @@ reads the vector and adds to it.  At the end the vector is turned into the next 
 
 The modules marked * are the *writers*: whatever is in the stream, one of them has put it there.
 `layer` l is a place in the stream: what enters block l, the paper's x^(l).  A model with L blocks
-has layers 0 .. L-1.  What leaves the last block, xL, is kept, too, where all streams are read
-(`residual_streams`, `activations`, `projections`), but it is no candidate.  Other names of axes:
+has layers 0 .. L-1.  Functions that read the stream give xL, too, which leaves the last block:
+L + 1 entries.  Other names of axes:
 
     prompt      which prompt of a list
     batch       which prompt of those that run together
@@ -98,7 +98,7 @@ def load_model(name, dtype="auto", seed=0):
     "auto": bfloat16 on a GPU if there is one, else float32.  seed: only for "tiny".  Raises
     CannotDo if it cannot be loaded.
     """
-    # a GPU if there is one, and there in 16 bits
+    # use a GPU if there is one; on a GPU, "auto" means 16 bits
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
@@ -193,9 +193,9 @@ def prompt_list(prompts):
 def chat_ids(tokenizer, prompts):
     """Instructions -> chats that wait for a reply: a list of token ids for each.  (The name of a
     special token in an instruction, such as "<|user|>", is read as that token.)"""
-    # if every reply begins with the same words, such as "<think></think>", we write them into the
-    # prompt, as a part of the tail (appendix B); in most models this header is ""
-    header, _ = reply_header(tokenizer)  # the other part is for section 6
+    # some models begin every reply with the same words, such as "<think></think>".  They belong to
+    # the prompt, so that the reply begins with its first real word.  Mostly the header is "".
+    header, _ = reply_header(tokenizer)
     texts = [render(tokenizer, prompt) + header for prompt in prompt_list(prompts)]
     return [encode(tokenizer, text) for text in texts]
 
@@ -207,8 +207,8 @@ def template_tail(tokenizer):
     >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # it writes a newline as \u010a
     ['\u010a', '<|assistant|>']
     """
-    # on which tokens do all chats end?  The instructions end on characters of different kinds,
-    # because a tokenizer may join an instruction's last character with the template's first
+    # the tail is what these chats have in common at their end.  The instructions end on characters
+    # of different kinds, because a tokenizer may join the last one with the template's first one.
     prompts = ["Say yes", "Why? 1", "Count to (ten)!", "Is it so?", "Go on."]
     backwards = [ids[::-1] for ids in chat_ids(tokenizer, prompts)]
     tail = []
@@ -280,8 +280,11 @@ def hook_output(module, change):
 
 @contextmanager
 def hooked(handles):
-    """Inside the `with` statement these hooks are in; afterwards they are out, whatever happened.
-    handles: what hook_input and hook_output return.  (Hooks sit in the model: use one thread.)"""
+    """Take these hooks out when the `with` statement ends, whatever happened inside it.
+
+    handles: what hook_input and hook_output return.  A handle removes its hook when it is left as a
+    context manager.  (Hooks sit in the model: use one thread.)
+    """
     # compiled code skips hooks, so the model runs uncompiled meanwhile
     with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         for handle in handles:
@@ -329,11 +332,11 @@ def residual_streams(model, input_ids):
     return streams
 
 
-@torch.inference_mode(False)  # inside it, no step could turn gradients on again (appendix B does)
+@torch.inference_mode(False)  # if the caller is in it, a step could not turn gradients on
 @torch.no_grad()
 def measure(model, tokenizer, prompts, step, batch_size=16):
-    """Call step(input_ids) for batches of prompts.  It returns a row for each prompt of its batch,
-    and `measure` returns all rows in the order of the prompts, (prompt, ...).
+    """Call step(input_ids) for batches of prompts.  `step` returns a row for each prompt of its
+    batch, and `measure` returns all rows in the order of the prompts, (prompt, ...).
 
     Prompts run together if they have the same number of tokens.  So nothing has to be padded.
     """
@@ -416,8 +419,10 @@ def unit(vector):
 
 
 def projections(model, tokenizer, prompts, direction, position=-1):
-    """Each prompt's x . r at this position and every layer 0 .. L: (prompt, layer).  direction:
-    (d_model,), of any length."""
+    """Each prompt's x . r at this position and every layer 0 .. L: (prompt, layer).
+
+    direction: (d_model,), of any length: one for all layers.  (In the run each layer has its own.)
+    """
     x = activations(model, tokenizer, prompts, [position])[:, 0]  # (prompt, layer, d_model)
     return x @ unit(direction)  # (prompt, layer)
 
@@ -441,10 +446,10 @@ def projections(model, tokenizer, prompts, direction, position=-1):
 # The block's attention may write r back before its MLP reads it, and nobody projects what the last
 # block writes.)
 #
-# `check_erased` checks that r is really gone (appendix B).  Its yardstick: for a random direction,
-# |x . r| is roughly |x| / sqrt(d_model).  Of that at most 1/10,000 may be left (3/100 where numbers
-# have 16 bits).  The check looks at a few random tokens, where the stream enters blocks and at the
-# end.  It does not look inside the blocks.
+# `check_erased` checks that r is really gone (appendix B).  How small is zero?  For a random
+# direction, |x . r| is roughly |x| / sqrt(d_model).  After ablation it must be below 1/10,000 of
+# this (3/100 in 16 bits).  The check looks at a few random tokens, where the stream enters blocks
+# and at the end.  It does not look inside the blocks.
 #
 # *Addition* is the other way round.  A vector that is added at one layer stays in the stream and
 # reaches all later layers, so one layer is enough: the one where we measured it.  To erase, one
@@ -475,8 +480,8 @@ def check_direction(model, direction):
 
 
 def check_not_ablated(model):
-    """Raise CannotDo inside an `ablate` statement.  To erase a second direction s is to subtract a
-    multiple of s, which puts some of the first one back unless the two are orthogonal."""
+    """Raise CannotDo inside an `ablate` statement.  To erase r and then s subtracts (x . s) s: if s
+    has a part along r, r is back."""
     if getattr(blocks(model), "is_ablated", False):
         raise CannotDo("a direction is ablated from this model already: one at a time.")
 
@@ -497,7 +502,7 @@ def ablate(model, direction):
     def erase_r(o):
         return project_out(o, r)
 
-    with hooked(hook_output(module, erase_r) for module in writers(model)):
+    with hooked([hook_output(module, erase_r) for module in writers(model)]):
         check_erased(model, r)
         all_blocks = blocks(model)
         try:
@@ -527,7 +532,7 @@ def add(model, vector, layer, coefficient=1.0):
 
 
 # %% 6. Two numbers: the refusal score and the KL divergence ---------------------------------------
-# Section 7 will try dozens of candidates, and to write hundreds of replies for each is slow.  But
+# Section 7 will try many candidates, and to write hundreds of replies for each is slow.  But
 # refusals open with the same few phrases ("I cannot ...", "As an AI ...").  So we take the
 # probability p that the reply's first token is the first token of such a phrase, as log-odds,
 # log(p / (1 - p)).  It says nearly as much, and costs one forward pass.
@@ -567,7 +572,8 @@ def log_odds(logits, tokens):
     """log(p / (1 - p)), p the probability of `tokens` together: (..., vocab) -> (...).  Natural
     logarithm; 0 is even odds.  Paper, appendix B.
 
-    A difference of two logsumexps needs neither p nor 1 - p, which may round to 0.
+    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z: Z cancels.  So two
+    logsumexps are enough, and nothing rounds to 0.
 
     >>> log_odds(torch.tensor([0.0, 0.0, 0.0]), [1])
     tensor(-0.6931)
@@ -611,8 +617,8 @@ def kl_divergence(p_logits, q_logits):
 #     induce   mean refusal score of harmless prompts with the difference added       want it >= 0
 #     KL       mean KL divergence on harmless prompts, original || ablated            want it <= 0.1
 #
-# Pause: why not simply take the lowest bypass?  (Because the lowest of all are often broken models:
-# one that says nothing sensible does not refuse either.  Their KL gives them away.)
+# Pause: why not simply take the lowest bypass?  (Because the ablation with the lowest bypass has
+# often broken the model: one that says nothing sensible does not refuse either.  KL shows it.)
 #
 # So the paper drops candidates with KL > 0.1, with induce < 0, and in the last fifth of the layers,
 # which are near the output and may only block the word "I".  Of the rest it takes the one with the
@@ -671,9 +677,10 @@ def choose(scores):
 #
 #     change of the score  ~  sum over writers and tokens of  gradient . (-(o . r) r)
 #
-# That takes one forward and one backward pass a batch (the method is known as attribution
-# patching).  `most_promising_first` in appendix B does it, and sorts the candidates.  The estimate
-# decides nothing: it says what to measure first.
+# The gradient is the same for every r, so one forward and one backward pass a batch are enough.
+# (This is known as attribution patching.)  `most_promising_first` in appendix B does it, and sorts
+# the candidates, the lowest estimate first.  The search then measures in this order, and stops
+# early.
 
 PATIENCE = 8  # stop after so many candidates in a row that brought nothing better
 
@@ -704,12 +711,12 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     base_logits = next_token_logits(model, tokenizer, harmless_val)
     # NaN where not measured; each is (position, layer)
     bypass, kl, induce = torch.full((3, *directions.shape[:2]), math.nan)
-    best = None  # the best so far that has passed all filters
-    misses = 0  # how many have been measured since
+    best = None  # the best so far that has passed all filters: it decides when to stop
+    since_best = 0  # how many have been measured since then
     for candidate in tqdm(order, desc="candidates", leave=False, disable=None):
-        if best is not None and misses == PATIENCE and not exhaustive:
+        if best is not None and since_best == PATIENCE and not exhaustive:
             break
-        misses += 1
+        since_best += 1
         # with the direction erased: are harmful prompts still refused?
         with ablate(model, directions[candidate]):
             bypass[candidate] = refusal_scores(model, tokenizer, harmful_val).mean()
@@ -728,7 +735,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
             induce[candidate] = refusal_scores(model, tokenizer, harmless_val).mean()
         if better and kl[candidate] <= KL_MAX and induce[candidate] >= INDUCE_MIN:
             best = candidate
-            misses = 0
+            since_best = 0
     scores = {"bypass": bypass, "induce": induce, "kl": kl}
     winner = choose(scores)
     if winner is None:
@@ -747,22 +754,23 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
 # the hooked model computes, up to rounding: the weights of a model that cannot refuse.
 #
 # Which parameters write, and along which axis?  Ask calculus.  For o = W h + b, the gradient of
-# o . r at W is r h^T:
+# o . r at W[i, j] is r_i h_j:
 #
-#     r1 h1   r1 h2   r1 h3       down each column, that is along axis 0: r times a number.  So this
-#     r2 h1   r2 h2   r2 h3       W, stored (out, in) as in nn.Linear, writes along axis 0
+#     r1 h1   r1 h2   r1 h3
+#     r2 h1   r2 h2   r2 h3
 #
-# So we look for the axis along which a parameter's gradient is a multiple of r.  A bias has only
-# one axis, and its gradient is r itself.  A parameter that only reads the stream has no such axis.
-# `plan_edits` asks this of every writer (appendix B).
+# Column j is h_j times r.  So this W, stored (out, in) as in nn.Linear, writes along axis 0, the
+# one that goes down the columns.  In general we look for the axis along which a parameter's
+# gradient is a multiple of r.  A bias has one axis, and its gradient is r itself.  A parameter that
+# only reads the stream has no such axis.  `plan_edits` asks this of every writer (appendix B).
 
 
 def erase(W, axis, r):
     """W' = W - r (r^T W): a weight or bias that no longer writes along r.  Paper, section 4.1.
 
     r: unit vector, (d_model,).  axis: the one of W that writes, d_model long.  It is 0 for a
-    nn.Linear, which stores (out, in), and for a bias, which is written as it is; 1 for an
-    embedding, (vocab, d_model), each row of which is written.
+    nn.Linear, which stores (out, in), and for a bias, which is written as it is.  It is 1 for an
+    embedding, (vocab, d_model), each row of which is written: there W' = W - (W r) r^T.
 
     >>> W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # (out, in)
     >>> erase(W, 0, torch.tensor([1.0, 0.0]))
@@ -775,9 +783,8 @@ def erase(W, axis, r):
 
 
 def untie(model):
-    """If the unembedding shares the embedding's tensor, give it a copy, and note in the model's
-    configuration that it has one.  The embedding writes and is edited; the unembedding only reads.
-    """
+    """If the unembedding shares the embedding's tensor, give it its own copy: the embedding writes
+    and is edited, and the unembedding only reads."""
     for name in model.all_tied_weights_keys:  # transformers' list of what shares a tensor
         module_name, _, weight = name.rpartition(".")
         shared = model.get_parameter(name)
@@ -816,8 +823,8 @@ def orthogonalize(model, direction):
 
 # %% 9. What the model says ------------------------------------------------------------------------
 # A model can *begin* like a refusal and then answer.  So what counts in the end are whole replies:
-# greedy, and judged by the phrases that refusals are made of.  (`refusals` in appendix C is a quick
-# way to do both.)
+# greedy, and judged by the phrases that refusals are made of.  (`refusals` in appendix C writes and
+# judges them in one call.)
 #
 # This does not tell everything.  A reply without such a phrase may be babble, a dodge, or wrong.
 # The KL of section 7 looks at only one token, and only at harmless prompts.  `is_broken` and
@@ -836,7 +843,8 @@ def generate(model, tokenizer, prompts, max_new_tokens=64):
     most 3 verdicts in 100.)"""
     prompts = prompt_list(prompts)
     replies = []
-    # appendix B: settings that make it greedy, the tokens that end a reply, padded batches
+    # appendix B: settings that make it greedy, the tokens that end a reply, and padded batches (to
+    # write many replies without padding would be much slower)
     with greedy_settings(model, tokenizer, max_new_tokens) as (ends, batch_size):
         for start in tqdm(range(0, len(prompts), batch_size), "replies", leave=False, disable=None):
             batch = tokenize(tokenizer, prompts[start : start + batch_size]).to(input_device(model))
@@ -880,7 +888,7 @@ def reply_loss(model, tokenizer, prompts, replies):
     """
     losses = []
     for prompt_ids, reply in zip(chat_ids(tokenizer, prompts), replies):
-        # `generate` has decoded the reply as a text of its own, and so it is encoded
+        # the reply was decoded apart from the prompt, so it is encoded apart from it
         reply_ids = encode(tokenizer, reply)
         ids = torch.tensor([prompt_ids + reply_ids])  # (1, seq)
         # logits at token i predict token i + 1
@@ -1856,27 +1864,29 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
 
 
 # %% 10. The run -----------------------------------------------------------------------------------
-# Each stage prints what it has found under the number of its section (appendix C has what prints).
+# Each stage prints what it has found under the number of its section (appendix C has what prints);
+# section 6 has no stage of its own.
 # Added to the sections are:
 #
 # - Training and validation prompts that are harmful but answered, or harmless but refused, are
 #   dropped first.
 # - Controls: three random directions, as long as d, are ablated and added, too, each on another
 #   third of the test prompts.  An effect that random directions have, too, is not due to r.
-# - x . r is tried as a detector of harmful prompts, at the chosen position and where the
-#   instruction ends: on the token before the tail, called t_inst in later papers.
+# - x . r is tried as a detector of harmful prompts at two positions: the chosen one, and the token
+#   before the tail, where the instruction ends (t_inst in later papers).
 # - Does a model that has lost its refusal still know harm?  The detector's rows "r ablated" use
-#   new differences in means, taken in the ablated model.  They still separate the kinds: it does.
+#   new differences in means, taken in the ablated model.  They still separate the kinds, so it
+#   does.
 # - Section 8 comes last, because it changes the model for good.
 
 
 def find_direction(args, model, tokenizer, data):
     """Stages 3 to 7: returns a Selection, three random directions, and the detector's table."""
     stage("3 means", "at each position of the tail, at the one before it, and at each layer")
-    # one position more than the tail has: number 0 is t_inst, only for the detector
-    n_positions = len(template_tail(tokenizer)) + 1
-    harmful_mean = mean_activations(model, tokenizer, data["harmful"]["train"], n_positions)
-    harmless_mean = mean_activations(model, tokenizer, data["harmless"]["train"], n_positions)
+    # one position more than the tail has, t_inst, which is index 0: only for the detector
+    n_read = len(template_tail(tokenizer)) + 1
+    harmful_mean = mean_activations(model, tokenizer, data["harmful"]["train"], n_read)
+    harmless_mean = mean_activations(model, tokenizer, data["harmless"]["train"], n_read)
 
     stage("4 difference", "harmful - harmless; test prompts along it, at the last position:")
     directions = refusal_directions(harmful_mean, harmless_mean)
