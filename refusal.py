@@ -1864,9 +1864,7 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
 
 
 # %% 10. The run -----------------------------------------------------------------------------------
-# Each stage prints what it has found under the number of its section (appendix C has what prints);
-# section 6 has no stage of its own.
-# Added to the sections are:
+# Each stage prints what it has found under the number of its section.  (6 has none.)  New here:
 #
 # - Training and validation prompts that are harmful but answered, or harmless but refused, are
 #   dropped first.
@@ -1874,9 +1872,8 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
 #   third of the test prompts.  An effect that random directions have, too, is not due to r.
 # - x . r is tried as a detector of harmful prompts at two positions: the chosen one, and the token
 #   before the tail, where the instruction ends (t_inst in later papers).
-# - Does a model that has lost its refusal still know harm?  The detector's rows "r ablated" use
-#   new differences in means, taken in the ablated model.  They still separate the kinds, so it
-#   does.
+# - Does a model that has lost its refusal still know harm?  Yes: the detector's rows "r ablated"
+#   use new differences in means, taken in the ablated model, and they still separate the kinds.
 # - Section 8 comes last, because it changes the model for good.
 
 
