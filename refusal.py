@@ -810,6 +810,7 @@ def orthogonalize(model, direction):
     r = check_direction(model, direction)
     check_not_ablated(model)
     edits = plan_edits(model, r)  # name -> (parameter, the axis that writes, None or a norm)
+    # the embedding will be edited, and the unembedding must not be
     untie(model)
     for W, axis, norm in edits.values():
         if norm is None:
@@ -1147,6 +1148,7 @@ def check_erased(model, r):
     exact = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     if torch.is_autocast_enabled(input_device(model).type):
         exact = False
+    # what may be left, as a share of what is typical
     tolerance = 1e-4 if exact else 0.03
     for layer, x in enumerate(residual_streams(model, random_tokens(model))):
         x = x[0].float().cpu()  # (seq, d_model)
@@ -1520,6 +1522,7 @@ def read_data(n_train=128, n_val=32, n_test=100, harmful=PROMPTS / "harmful.txt"
     both = set(prompts["harmful"]) & set(prompts["harmless"])
     if both:
         raise CannotDo(f"{len(both)} prompts are in both files, such as {min(both)[:60]!r}.")
+    # both kinds are split alike
     data = {}
     for kind in prompts:
         train, val, test = split(prompts[kind], n_train, n_val, n_test)
@@ -1748,7 +1751,8 @@ def refusals(model, tokenizer, prompts, max_new_tokens=64):
 def interventions(model, chosen, random_vectors):
     """What is done to the model: name -> a list of functions, each of which makes the context of a
     `with` statement."""
-    vector, layer = chosen.vector, chosen.layer
+    vector = chosen.vector
+    layer = chosen.layer
     # controls: as long as the vector
     random_vectors = normalize(random_vectors, dim=1) * torch.linalg.vector_norm(vector)
     return {"no intervention": [nullcontext],
@@ -1774,6 +1778,7 @@ def compare(model, tokenizer, data, ways):
     "kind, way" -> a list of text; those that refuse are cut short."""
     ablations = ["no intervention", "direction ablated", "random directions ablated"]
     additions = ["no intervention", "direction added", "random directions added"]
+    # each row of the table is written under its own way
     table = {}
     for kind, names in (("harmful", ablations), ("harmless", additions)):
         prompts = data[kind]["test"]
