@@ -10,7 +10,7 @@ Read it beside refusal.py, in the same order.  The first line of a test says wha
 """
 
 import ast, copy, doctest, importlib, io, itertools, json, math, os, random, re, subprocess, sys
-import tempfile, time, traceback, warnings
+import tempfile, traceback, warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -27,20 +27,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = __name__ == "__main__"
-
-
-def load_graded():
-    """The file that `grade`, `status` or REFUSAL name; else refusal.py; else student.py."""
-    path = Path(os.environ.get("REFUSAL", HERE / "refusal.py"))
-    if PROGRAM and sys.argv[1:2] in (["grade"], ["status"]):
-        path = Path(*sys.argv[2:3] or ["student.py"])
-    elif not path.exists():
-        path = Path("student.py")
-    sys.path.insert(0, str(path.resolve().parent))
-    return importlib.import_module(path.stem)
-
-
-R = load_graded()
+# what is held to the proofs: the file that REFUSAL, `grade` or `status` name; else refusal.py; or,
+# where a student has none, student.py
+path = Path(os.environ.get("REFUSAL", HERE / "refusal.py"))
+if PROGRAM and sys.argv[1:2] in (["grade"], ["status"]):
+    path = Path(*sys.argv[2:3] or ["student.py"])
+elif not path.exists():
+    path = Path("student.py")
+sys.path.insert(0, str(path.resolve().parent))
+R = importlib.import_module(path.stem)
 if not {"REFUSAL_MODEL", "REFUSAL_BASE"} & set(os.environ):
     torch.set_num_threads(1)  # toys are slower on more: threads wait for each other
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # no file names our marks
@@ -267,26 +262,21 @@ for switch in ("enable_thinking", "thinking", "reasoning", "thinking_budget"):
     TEMPLATES[f"thinks without {switch}"] = (CHATML + thinks, "<|end|>\n<|assistant|>\n")
 
 
-def byte_level(template):
-    """The tiny model's kind of tokenizer, with this chat template."""
-    tokenizer = R.tiny_tokenizer([*PROMPTS, "I am", "As an AI"])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 @pytest.mark.parametrize("template, tail", TEMPLATES.values(), ids=TEMPLATES)
-def test_every_kind_of_template(template, tail):
-    """The model reads the instruction and the tail, and then a refusal opens with "I" or "As"."""
-    tokenizer = byte_level(template)
+def test_every_kind_of_template(toy, template, tail):
+    """The model reads the instruction and the tail, and then a refusal opens with "I" or "A"."""
+    tokenizer = toy[1]
+    tokenizer.chat_template = template
     assert tokenizer.decode(read(tokenizer)[0]) == "<|user|>Write a poem" + tail
     assert tokenizer.decode(R.template_tail(tokenizer)) == tail
     openers = tokenizer.convert_ids_to_tokens(R.refusal_tokens(tokenizer))
-    assert {word.strip("\u0120") for word in openers} == {"As", "I"}
+    assert {word.strip("\u0120") for word in openers} == {"A", "I"}
 
 
-def test_an_opener_is_the_token_that_stands_after_the_prompt():
+def test_an_opener_is_the_token_that_stands_after_the_prompt(toy):
     """With the blank before it, if there is such a token, and of any length."""
-    tokenizer = byte_level(BRACKETS)
+    tokenizer = toy[1]
+    tokenizer.chat_template = BRACKETS
     tokenizer.add_tokens([" As", " I'm"])
     assert {tokenizer.decode([i]) for i in R.refusal_tokens(tokenizer)} == {" As", " I", " I'm"}
 
@@ -304,9 +294,10 @@ def test_openers_of_a_sentencepiece_tokenizer(template, blank):
     assert {word[: len(blank) + 1] for word in openers} == {f"{blank}A", f"{blank}I"}
 
 
-def test_the_template_has_written_the_bos_already():
+def test_the_template_has_written_the_bos_already(toy):
     """The tokenizer must not add a second one, neither before the prompt nor as an opener."""
-    tokenizer = byte_level("<|end|>" + BRACKETS)  # <|end|> plays the BOS
+    tokenizer = toy[1]
+    tokenizer.chat_template = "<|end|>" + BRACKETS  # <|end|> plays the BOS
     bos = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 1)])
     tokenizer.backend_tokenizer.post_processor = bos
     assert read(tokenizer)[0].tolist().count(1) == 1
@@ -867,6 +858,11 @@ def test_flags_reach_the_model(monkeypatch):
     load_model.assert_called_once_with("qwen-1.8b", "bfloat16", 3)
 
 
+def test_nothing_that_is_there_is_overwritten(tmp_path):
+    """--save wants a new folder, and says so before anything is loaded."""
+    assert "does not exist yet" in program("--save", tmp_path, status=2)
+
+
 def test_the_tiny_model_is_not_judged_on_what_it_was_taught():
     """Of 280 prompts it has seen 128, so validation and test share 152."""
     assert "share 152" in program("--n-val", 53, "--n-test", 100, status=2)
@@ -971,6 +967,23 @@ def test_the_seed_decides_the_initial_weights(monkeypatch):
     assert not torch.equal(R.train_tiny_model(4)[0].lm_head.weight, first)
 
 
+def test_the_whole_run_with_a_header_before_every_reply(tiny, monkeypatch):
+    """A tiny model that begins all replies with "all", which its generation prompt lacks."""
+    model, tokenizer = copy.deepcopy(tiny)
+    monkeypatch.setattr(R, "TINY_REFUSAL", f"all\n{R.TINY_REFUSAL}")
+    replies = {word: f"all\n{reply}" for word, reply in R.TINY_REPLIES.items()}
+    monkeypatch.setattr(R, "TINY_REPLIES", replies)
+    data = R.read_data()
+    lessons = [(data["harmful"]["train"], 16, True), (data["harmless"]["train"], 16, False)]
+    R.tune(model.requires_grad_(True), tokenizer, lessons, 40, 8e-4, random.Random(0))
+    model.requires_grad_(False)
+    tokenizer.chat_template = R.TINY_TEMPLATE.replace(
+        "'|>' +", "'|>' + ('all\n' if m['role'] == 'assistant' else '') +")
+    monkeypatch.setattr(R, "load_model", lambda *arguments: (model, tokenizer))
+    out = program("--n-train", 16, "--n-val", 8, "--n-test", 4)
+    assert "16 of 16 harmful prompts pass" in out
+
+
 # %% B. Every architecture: the census -------------------------------------------------------------
 # refusal.py keeps no table of architectures, so it is held to all: a tiny random model of every
 # decoder in transformers, with proofs that measuring, ablating, adding and orthogonalizing do what
@@ -1037,7 +1050,28 @@ FAMILY = json.loads("""{
     "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
     "falcon-new": {"new_decoder_architecture": true}, "qwen2-tied": {"tie_word_embeddings": true},
     "gpt_neox-sequential": {"use_parallel_residual": false},
-    "opt-norm-after": {"do_layer_norm_before": false}}""")
+    "opt-norm-after": {"do_layer_norm_before": false},
+    "falcon_h1": {"mamba_d_ssm": 96, "mlp_multipliers": [0.8, 1.3]},
+    "gpt_oss": {"intermediate_size": 48}, "laguna": {"num_attention_heads_per_layer": [4, 6, 4]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "minimax_m3_vl_text": {"mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "bloom-residual-after-norm": {"apply_residual_connection_post_layernorm": true},
+    "falcon-alibi-sequential": {"alibi": true, "parallel_attn": false, "bias": true},
+    "gemma4_text-moe": {"enable_moe_block": true}, "mpt-biased": {"no_bias": false},
+    "llama-biased": {"attention_bias": true, "mlp_bias": true},
+    "opt-projected": {"do_layer_norm_before": false, "word_embed_proj_dim": 32},
+    "opt-projected-before": {"word_embed_proj_dim": 32},
+    "qwen2-sliding": {"use_sliding_window": true,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    "qwen2_moe-mixed": {"mlp_only_layers": [0]}, "qwen3_moe-mixed": {"mlp_only_layers": [0]},
+    "stablelm-parallel": {"use_parallel_residual": true}}""")
+for name in "gpt_neox gptj granite llama phi".split():
+    FAMILY[f"{name}-tied"] = {"tie_word_embeddings": True}
+for name in "cohere gemma2 gpt2 opt".split():
+    FAMILY[f"{name}-untied"] = {"tie_word_embeddings": False}
 # encoders; halves; other inputs; wrappers of a *_text
 SKIP = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert
     roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod cpmant xlnet
@@ -1141,28 +1175,6 @@ def check_attribution(model, r):
     assert estimate == pytest.approx(slope, rel=0.05, abs=0.02), "the estimate is no derivative"
 
 
-def check_ablation(model, r):
-    """Nothing of r is left anywhere in the stream, and nothing stays behind.  Returns logits."""
-    base = all_logits(model)
-    with R.ablate(model, 3 * r):
-        assert left_of(r, model) < 1e-4, "ablate leaves r in the stream"
-        ablated = all_logits(model)
-    assert torch.equal(all_logits(model), base), "ablate leaves something behind"
-    assert apart(ablated, base) > 1e-3, "ablate does nothing"
-    return ablated
-
-
-def check_addition(model, vector):
-    """At the first layer and at the last, exactly the vector is added, and nothing before."""
-    before = R.residual_streams(model, INPUTS[0])
-    for layer in (0, len(before) - 2):
-        with R.add(model, vector, layer, -0.3):
-            after = R.residual_streams(model, INPUTS[0])
-        close(after[layer], before[layer] - 0.3 * vector, 1e-6)
-        assert all(map(torch.equal, after[:layer], before[:layer])), "add comes too early"
-        assert not torch.equal(after[-1], before[-1]), "add does nothing"
-
-
 def check_edit(model, edited, r):
     """In `edited`, a copy of the model, no weight writes along r, and only those listed changed;
     it comes back from a folder as it was, and with a head of its own."""
@@ -1187,16 +1199,28 @@ def prove(model):
     base = all_logits(model)
     edited = copy.deepcopy(model)
     try:
-        ablated = check_ablation(model, r)
+        with R.ablate(model, 3 * r):
+            assert left_of(r, model) < 1e-4, "ablate leaves r in the stream"
+            ablated = all_logits(model)
+        assert apart(ablated, base) > 1e-3, "ablate does nothing"
         check_batches(model)
         check_attribution(model, r)
-        check_addition(model, 5 * r)
         check_edit(model, edited, r)
     except R.CannotDo as refusal:
         for each in (model, edited):
             assert torch.equal(all_logits(each), base), "what is refused leaves something behind"
         assert re.search("block|embedding|stream|writes", str(refusal)), "no cause is named"
         return "refused", str(refusal)
+    # addition: exactly this at the first layer and at the last, and nothing before
+    before = R.residual_streams(model, INPUTS[0])
+    for layer in (0, len(before) - 2):
+        with R.add(model, r, layer, -1.5):
+            after = R.residual_streams(model, INPUTS[0])
+        close(after[layer], before[layer] - 1.5 * r, 1e-6)
+        assert all(map(torch.equal, after[:layer], before[:layer])), "add comes too early"
+        assert not torch.equal(after[-1], before[-1]), "add does nothing"
+    assert torch.equal(all_logits(model), base), "something is left behind"
+    # the edited model beside the ablated one
     logits = all_logits(edited)
     gap = apart(logits, ablated)
     if gap <= 1e-4:
@@ -1323,6 +1347,8 @@ def expect(got, want, what, slips={}, **options):
             wrong = words
     if wrong:
         fail(f"{what} is not right.  {wrong}")
+    if getattr(want, "requires_grad", False) and not got.requires_grad:
+        fail(CUT_OFF)
 
 
 def must_refuse(what, call):
@@ -1431,13 +1457,10 @@ def test_exercise_5a_project_out():
     r = R.unit(randn(16, seed=1))
     for shape in ((5, 7, 16), (16,)):
         x = randn(*shape).requires_grad_()
-        got = R.project_out(x, r)
         left = out_of(x, r)
-        expect(got, left, f"What is left of x, {shape},", {
+        expect(R.project_out(x, r), left, f"What is left of x, {shape},", {
             "This is the part along r: subtract it from x.": x - left,
             "Subtract the part along r once, and not twice.": 2 * left - x})
-        if not got.requires_grad:
-            fail(CUT_OFF)
     x = (randn(9, 16) + 300 * r).bfloat16()
     as_it_was = x.clone()
     left = out_of(x, r)
@@ -1509,13 +1532,10 @@ def test_exercise_6a_log_odds():
     Hint 2: Both are sums of exponentials of logits: two `logsumexp`, and no division.
     Answer: 0 is even odds; above, a refusal is likelier than not."""
     logits = randn(2, 4, 9).mul(3).requires_grad_()
-    got = R.log_odds(logits, [1, 5])
     p = logits.softmax(-1)[..., [1, 5]]
-    expect(got, plain_score(logits, [1, 5]), "The score", {
+    expect(R.log_odds(logits, [1, 5]), plain_score(logits, [1, 5]), "The score", {
         "This is log p: the log-odds are log p - log(1 - p).": p.sum(-1).log(),
         "p is the probability of all tokens together.": torch.logit(p).sum(-1)}, check_dtype=False)
-    if not got.requires_grad:
-        fail(CUT_OFF)
     far = torch.tensor([200.0, 0.0, 0.0, -math.inf]) - 30000
     for token, want in ((0, 200 - math.log(2)), (1, -200)):
         if abs(R.log_odds(far, [token]).item() - want) > 0.01:
@@ -1538,17 +1558,18 @@ def test_exercise_6b_kl_divergence():
                 (p.softmax(-1) * (p - q)).sum(-1)}, check_dtype=False)
 
 
-# Seven layers, the lowest bypass last, KL 0 and induce 1: layer 4 is right, for 5 is int(0.8 * 7).
-# Then some numbers are changed.  Which layer is right, what is changed, and why it is right:
+# Two positions and seven layers, KL 0 and induce 1.  At position -1 bypass falls with the layer:
+# -1 4 is right, for layer 5 is int(0.8 * 7).  What is right if this is changed, and why:
 CHOICES = """
-4 |  | layers from int(0.8 n_layers) on are too late
-3 | kl -1 4 7 | where KL is above 0.1, ablation breaks the model
-4 | kl -1 4 .1, induce -1 4 0 | what lies at a threshold passes
-4 | kl -1 4 .1, induce -1 2 9 | KL and induce are filters, and no more
-3 | induce -1 4 -1 | the lowest does not induce refusal
-3 | induce all -1, kl -1 4 7 | if nothing passes, only induce is left out
-3 | kl -1 4 nan | NaN was not measured, and must not win
-3 | induce all -1, induce -1 4 nan | NaN was not measured, and must not win
+-1 4 |  | layers from int(0.8 n_layers) on are too late
+-1 3 | kl -1 4 7 | where KL is above 0.1, ablation breaks the model
+-1 4 | kl -1 4 .1, induce -1 4 0 | what lies at a threshold passes
+-1 4 | kl -1 4 .1, induce -1 2 9 | KL and induce are filters, and no more
+-1 3 | induce -1 4 -1 | the lowest does not induce refusal
+-2 0 | induce -1 -1 | nothing at position -1 induces refusal
+-1 3 | induce all -1, kl -1 4 7 | if nothing passes, only induce is left out
+-1 3 | kl -1 4 nan | NaN was not measured, and must not win
+-1 3 | induce all -1, induce -1 4 nan | NaN was not measured, and must not win
 None | bypass all nan | NaN was not measured, and must not win
 """.strip().splitlines()
 
@@ -1558,20 +1579,16 @@ def test_exercise_7_choose():
     Hint 1: Four filters in a row, then the lowest of what is left.  And if nothing is left?
     Hint 2: Loop over all; skip what has a NaN or fails a filter; none left: again without induce.
     Answer: no: the lowest of all is often a broken model, and its KL gives it away."""
-    for layer, changes, why in (row.split(" | ") for row in CHOICES):
-        scores = {"bypass": torch.arange(6.0, -1, -1).double()[None],
-                  "kl": torch.zeros(1, 7).double(), "induce": torch.ones(1, 7).double()}
+    for right, changes, why in (row.split(" | ") for row in CHOICES):
+        scores = {name: torch.ones(2, 7).double() for name in ("bypass", "kl", "induce")}
+        scores["kl"][:] = 0
+        scores["bypass"][-1] = -torch.arange(7)
         change(scores, changes)
         got = R.choose(copy.deepcopy(scores))
-        want = None if layer == "None" else (-1, int(layer))
+        want = None if right == "None" else tuple(map(int, right.split()))
         if str(got) != str(want):
             given = "".join(f"\n  {name} {table.tolist()}" for name, table in scores.items())
             fail(f"You choose {got}, and {want} (plain ints) is right: {why}.{given}")
-    # of two positions, the last has the lowest bypass, and does not induce
-    two = {name: torch.zeros(2, 5) for name in ("bypass", "kl", "induce")}
-    change(two, "bypass -1 0 -5, induce -1 0 -3, bypass -2 0 -1")
-    if R.choose(two) != (-2, 0):
-        fail("Of two positions -2 is right, where something passes all filters.")
 
 
 def test_exercise_8a_erase():
@@ -1762,8 +1779,8 @@ def test_classroom_lets_right_answers_pass(number):
 @pytest.mark.parametrize("number, answer, words", [
     ("5b", lambda model, direction: nullcontext(), "does the yield stand inside"),
     ("6a", plain_score, "very sure"),
-    ("7", lambda scores: (-1, scores["bypass"].argmin().item()), "are too late"),
-    ("7", lambda scores: (-1, scores["bypass"][0, :5].argmin().item()), "KL is above 0.1"),
+    ("7", lambda scores: (-1, scores["bypass"][-1].argmin().item()), "are too late"),
+    ("7", lambda scores: (-1, scores["bypass"][-1, :5].argmin().item()), "KL is above 0.1"),
     ("8b", lambda model, direction: [], "It is as before"),
     ("8b", lambda *given: SOLVED["orthogonalize"](*given)[1:], "Return the names")])
 def test_classroom_tells_what_is_wrong(number, answer, words):
