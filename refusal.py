@@ -459,7 +459,8 @@ def projections(model, tokenizer, prompts, direction, position=-1):
 def project_out(x, r):
     """x' = x - (x . r) r: x, (..., d_model), without its part along the unit vector r, (d_model,).
 
-    Computed in float32, returned in the dtype of x, never in place: x may be used elsewhere, too.
+    Computed in float32 on the device of x, which may not be r's; returned in the dtype of x; never
+    in place, because x may be used elsewhere, too.
 
     >>> project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]))
     tensor([[0., 4.]])
@@ -492,9 +493,10 @@ def ablate(model, direction):
 
         o' = o - (o . r) r        for the output o of every writer, r = direction / |direction|
 
-    direction: (d_model,), of any length.  Raises CannotDo for a vector that does not fit, inside
-    another `ablate` (it marks `blocks(model).is_ablated`), and if r is not gone.  Deviation: the
-    paper also projects what enters blocks, which changes nothing when all writers are free of r.
+    direction: (d_model,), of any length.  Raises CannotDo for a vector that does not fit, if r is
+    not gone, and inside another `ablate`: `blocks(model).is_ablated` is True inside, and afterwards
+    False, also after an error.  Deviation: the paper also projects what enters blocks, which
+    changes nothing when all writers are free of r.
     """
     r = check_direction(model, direction)
     check_not_ablated(model)
@@ -518,8 +520,9 @@ def add(model, vector, layer, coefficient=1.0):
 
         x^(layer)' = x^(layer) + coefficient * vector        at every position
 
-    vector: (d_model,), the raw difference in means: its length says how strongly we push.  Raises
-    CannotDo for a vector that does not fit.
+    vector: (d_model,), the raw difference in means: its length says how strongly we push.  It is
+    added in the dtype and on the device of the stream, and not in place.  Raises CannotDo for a
+    vector that does not fit.
     """
     check_direction(model, vector)
     shift = coefficient * torch.as_tensor(vector).detach().cpu().float()

@@ -36,6 +36,7 @@ elif not path.exists():
     path = Path("student.py")
 sys.path.insert(0, str(path.resolve().parent))
 R = importlib.import_module(path.stem)
+transformers.utils.logging.set_verbosity_error()  # it warns of our tiny configurations
 if not {"REFUSAL_MODEL", "REFUSAL_BASE"} & set(os.environ):
     torch.set_num_threads(1)  # toys are slower on more: threads wait for each other
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # no file names our marks
@@ -1322,9 +1323,9 @@ def bench(flag="--model", name="tiny"):
 
 # %% Exercises -------------------------------------------------------------------------------------
 # `python test_refusal.py blank student.py` writes refusal.py without the bodies of 11 functions,
-# and `grade student.py 3` runs test_exercise_4_... on what a student has put there: an ordinary
-# test.  Its docstring has two hints and the answer to "predict first".  Usual slips stand in it
-# beside the words that a student is told who makes them.
+# and `grade student.py 3` runs test_exercise_3_... on what a student has put there: an ordinary
+# test.  Its docstring has a question to predict first, two hints and the answer.  Usual slips stand
+# in it beside the words that a student is told who makes them.
 
 CUT_OFF = "Gradients must pass through what is returned: no detach(), no no_grad()."
 fail = partial(pytest.fail, pytrace=False)  # shows no line of this file
@@ -1332,6 +1333,8 @@ fail = partial(pytest.fail, pytrace=False)  # shows no line of this file
 
 def difference(got, want, **options):
     """What is wrong with got, in words; "" if nothing is."""
+    if torch.is_tensor(got) and torch.is_tensor(want) and got.shape != want.shape:
+        return f"Its shape is {tuple(got.shape)}, and must be {tuple(want.shape)}."
     try:
         torch.testing.assert_close(got, want, **{"atol": 1e-3, "rtol": 1e-3} | options)
         return ""
@@ -1352,9 +1355,22 @@ def expect(got, want, what, slips={}, **options):
 
 
 def must_refuse(what, call):
-    with suppress(R.CannotDo):
+    """To call this must raise CannotDo."""
+    try:
         call()
-        fail(f"{what} must raise CannotDo, by a check before anything else.")
+    except R.CannotDo:
+        return
+    except Exception as error:
+        fail(f"{what} must raise CannotDo, and not {type(error).__name__}: {error}")
+    fail(f"{what} must raise CannotDo.")
+
+
+def must_run(words, call):
+    """To call this must raise nothing; a student whose code does is told these words."""
+    try:
+        return call()
+    except (RuntimeError, R.CannotDo) as error:
+        fail(f"{words} ({error})")
 
 
 def logits_inside(way, model):
@@ -1376,9 +1392,13 @@ def check_intervention(enter):
         fail("An error inside the `with` block must come out of it again: use `finally`.")
     after = logits_inside(nullcontext(), model)
     expect(after, before, "After an error inside the `with` block (use `hooked`), the model")
+    with enter(model, randn(32)):
+        pass  # nothing is left behind that forbids a second time
     gpt2 = tiny_of("gpt2").bfloat16()  # another architecture, in 16 bits
     gpt2.transformer.wpe.weight.requires_grad_(True)
-    if not logits_inside(enter(gpt2, randn(48)), gpt2).requires_grad:
+    logits = must_run("The stream keeps its dtype, bfloat16 here: convert what you add to it.",
+                      lambda: logits_inside(enter(gpt2, randn(48)), gpt2))
+    if not logits.requires_grad:
         fail(CUT_OFF)
 
 
@@ -1400,6 +1420,7 @@ def known_erase(W, axis, r):
 
 def test_exercise_2_template_tail():
     """The tail is what our own templates put after the instruction, whatever its last character.
+    Predict: how many tokens stand between instruction and reply?
     Hint 1: The template writes the same after every instruction: how does that show in the tokens?
     Hint 2: Compare chats backwards.  Let instructions end in a letter, a digit, a question mark.
     Answer: 2 tokens stand between instruction and reply on the tiny model, 5 on Qwen."""
@@ -1420,6 +1441,7 @@ def test_exercise_2_template_tail():
 
 def test_exercise_3_mean_activations():
     """The mean is that of streams which transformers itself gives, one prompt at a time.
+    Predict: at which layers will the two kinds of prompts differ?
     Hint 1: `activations` gives every prompt's streams.  What of that is wanted, and what is not?
     Hint 2: Positions -n .. -1; the last of n_layers + 1 enters no block; double(), and then mean.
     Answer: at layer 0 the two kinds do not differ, and later more and more."""
@@ -1430,6 +1452,7 @@ def test_exercise_3_mean_activations():
     mean = x.mean(0)[:, :-1]
     expect(R.mean_activations(model, tokenizer, prompts), mean, "The mean", {
         "Layer l is the stream that enters block l, and not what leaves it.": x.mean(0)[:, 1:],
+        "Positions stand in the order of the tokens, so the last entry is -1.": mean.flip(0),
         "This is the sum: divide by the number of prompts.": mean * len(prompts)})
     # at layer 0 even 16 bits give the same numbers in any batch
     got = R.mean_activations(model.bfloat16(), tokenizer, prompts, n_positions=5)[:, 0]
@@ -1439,24 +1462,28 @@ def test_exercise_3_mean_activations():
 
 def test_exercise_4_refusal_directions():
     """The difference is harmful - harmless, for every position and layer, with its length.
+    Predict: how large is the difference at layer 0?
     Hint 1: It is one subtraction.  To add the result must make the model refuse.
     Hint 2: Harmful minus harmless, and nothing else: its length is kept.
     Answer: at layer 0 the difference is 0: there the tail's tokens are the same."""
     harmful, harmless = randn(2, 3, 5, 8).double()
+    as_it_was = harmful.clone()
     want = harmful - harmless
     expect(R.refusal_directions(harmful, harmless), want, "The difference", {
         "It is harmful - harmless: to add it shall make the model refuse.": -want,
         "Do not normalise: its length is a dose.": normalize(want, dim=-1)})
+    expect(harmful, as_it_was, "harmful_mean, which must stay as it was,")
 
 
 def test_exercise_5a_project_out():
     """What is left is x - (x . r) r, of any shape and dtype, anywhere, and gradients pass.
+    Predict: what does a second projection do?
     Hint 1: How much of r is in x?  That is one number for each vector.  Take so many r away.
     Hint 2: [..., None] makes (..., 1) of (...,).  In float32, r on x.device; then back to x.dtype.
     Answer: to project twice is to project once: nothing is left along r."""
     r = R.unit(randn(16, seed=1))
     for shape in ((5, 7, 16), (16,)):
-        x = randn(*shape).requires_grad_()
+        x = randn(*shape).requires_grad_().clone()
         left = out_of(x, r)
         expect(R.project_out(x, r), left, f"What is left of x, {shape},", {
             "This is the part along r: subtract it from x.": x - left,
@@ -1466,11 +1493,14 @@ def test_exercise_5a_project_out():
     left = out_of(x, r)
     expect(R.project_out(x, r), left, "What is left of a long bfloat16 x", atol=0.02)
     expect(x, as_it_was, "x, which must stay as it was,")
-    R.project_out(torch.empty(3, 16, device="meta"), r)
+    # "meta" is a device without numbers: what runs there does not mix with the CPU
+    must_run("r may be on another device than x: use r.to(x.device).",
+             lambda: R.project_out(torch.empty(3, 16, device="meta"), r))
 
 
 def test_exercise_5b_ablate():
     """The ablated model is the one with the paper's hooks; an ablation that misses is refused.
+    Predict: is it enough to project what enters blocks?
     Hint 1: Which modules put something into the stream?  From what they give, take r away.
     Hint 2: `hook_output` on each of `writers`, in one `hooked`; inside, `check_erased` and yield.
     Answer: no: attention writes r back into the block before the MLP reads the stream."""
@@ -1491,15 +1521,18 @@ def test_exercise_5b_ablate():
     check_intervention(R.ablate)
     must_refuse("A direction of another size", R.ablate(model, r[1:]).__enter__)
     with R.ablate(model, r):
-        must_refuse("A second `ablate` inside (check_not_ablated reads blocks(model).is_ablated)",
+        must_refuse("A second `ablate` inside the first (`check_not_ablated` looks at the mark)",
                     R.ablate(model, r).__enter__)
     with mock.patch.object(R, "writers", lambda model: writers[:-1]):
-        must_refuse("Before the yield, hooks that miss a writer (`check_erased` sees it)",
+        must_refuse("If a writer is missed, ablate (call `check_erased` when the hooks are in)",
                     R.ablate(model, r).__enter__)
+    must_run("After that the model must not stay marked as ablated.",
+             lambda: logits_inside(R.ablate(model, r), model))
 
 
 def test_exercise_5c_add():
     """coefficient * vector is added to what enters that one block, at every position.
+    Predict: does the vector's length matter?
     Hint 1: At how many places must a vector be added, if the stream carries it on?
     Hint 2: `hook_input` on blocks(model)[layer], in `hooked`; a new tensor of x's dtype and device.
     Answer: yes, its length is the dose: a unit vector would be another one."""
@@ -1511,8 +1544,11 @@ def test_exercise_5c_add():
 
     for layer in (1, 3):
         got = logits_inside(R.add(model, vector, layer, -0.5), model)
-        expect(got, shifted(-0.5 * vector, layer), f"The model, steered at {layer},", {
+        expect(got, shifted(-0.5 * vector, layer), f"The model with -v / 2 added at {layer}", {
+            "Is the coefficient used?": shifted(vector, layer),
             "Add the vector with its own length.": shifted(-0.5 * R.unit(vector), layer),
+            "Add it to what enters the block, and not to what leaves it.":
+                shifted(-0.5 * vector, layer + 1) if layer < 3 else shifted(0 * vector, 0),
             "Add it once: the stream carries it on.": shifted(-0.5 * vector, *range(layer, 4))})
     seen = []
     with R.hook_input(R.blocks(model)[1], lambda x: seen.extend([x, x.clone()])):
@@ -1521,21 +1557,27 @@ def test_exercise_5c_add():
         fail("Others still hold the stream: return a new tensor, do not add in place.")
     check_intervention(lambda model, vector: R.add(model, vector, 1))
     must_refuse("A vector of another size", R.add(model, vector[:1], 1).__enter__)
-    # "meta" is a device without numbers: everything runs there, but not together with the CPU
-    with R.add(model.to("meta"), vector, 1):
-        model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"))
+    def run_elsewhere():
+        with R.add(model.to("meta"), vector, 1):
+            model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"))
+
+    must_run("The stream may be on another device than the vector: use .to(x.device).",
+             run_elsewhere)
 
 
 def test_exercise_6a_log_odds():
     """log(p / (1 - p)) of all the tokens together, for any p, and gradients pass.
+    Predict: which score means even odds?
     Hint 1: p / (1 - p): which tokens make up p, and which 1 - p?
     Hint 2: Both are sums of exponentials of logits: two `logsumexp`, and no division.
     Answer: 0 is even odds; above, a refusal is likelier than not."""
-    logits = randn(2, 4, 9).mul(3).requires_grad_()
+    logits = randn(2, 4, 9).mul(3).requires_grad_().clone()
+    as_it_was = logits.clone()
     p = logits.softmax(-1)[..., [1, 5]]
     expect(R.log_odds(logits, [1, 5]), plain_score(logits, [1, 5]), "The score", {
         "This is log p: the log-odds are log p - log(1 - p).": p.sum(-1).log(),
         "p is the probability of all tokens together.": torch.logit(p).sum(-1)}, check_dtype=False)
+    expect(logits, as_it_was, "The logits, which must stay as they were,")
     far = torch.tensor([200.0, 0.0, 0.0, -math.inf]) - 30000
     for token, want in ((0, 200 - math.log(2)), (1, -200)):
         if abs(R.log_odds(far, [token]).item() - want) > 0.01:
@@ -1544,6 +1586,7 @@ def test_exercise_6a_log_odds():
 
 def test_exercise_6b_kl_divergence():
     """KL(p || q) in nats, without an epsilon, also for logits far apart or in 16 bits.
+    Predict: how small and how large can KL be?
     Hint 1: Whose probabilities are the weights?  And what must be done to logits first?
     Hint 2: log_softmax of both, in float32; then log p - log q, weighted by p, summed.
     Answer: KL is never negative, and unbounded: infinite where q excludes a token."""
@@ -1576,6 +1619,7 @@ None | bypass all nan | NaN was not measured, and must not win
 
 def test_exercise_7_choose():
     """Cases with one right answer each, in which usual slips choose something else.
+    Predict: is the candidate with the lowest bypass the best?
     Hint 1: Four filters in a row, then the lowest of what is left.  And if nothing is left?
     Hint 2: Loop over all; skip what has a NaN or fails a filter; none left: again without induce.
     Answer: no: the lowest of all is often a broken model, and its KL gives it away."""
@@ -1593,6 +1637,7 @@ def test_exercise_7_choose():
 
 def test_exercise_8a_erase():
     """W' = W - r (r^T W) along any axis of any weight, also of a square one, and of a bias.
+    Predict: along which axis does a nn.Linear write?
     Hint 1: It is project_out for weights: first bring the axis that writes to where d_model is.
     Hint 2: movedim(axis, -1), project, movedim(-1, axis).
     Answer: the first one: nn.Linear stores (out, in), and what comes out is written."""
@@ -1609,6 +1654,7 @@ def test_exercise_8a_erase():
 
 def test_exercise_8b_orthogonalize():
     """Exactly what writes is edited, as by hand; biases count, and the unembedding does not.
+    Predict: must the unembedding be edited, too?
     Hint 1: The docstring has the steps.  Which weights write, and which only read?
     Hint 2: `erase`, or where norm is not None `erase_before_norm(W, axis, norm)`; then W.copy_.
     Answer: nothing: the unembedding only reads.  So it is untied before the edit."""
@@ -1658,8 +1704,8 @@ CHECK = """    if left := re.findall(r'^    raise NotImplementedError."(.*)".$',
 
 
 def notes(number):
-    """Two hints and the answer to "predict first": what follows the claim in the docstring."""
-    return re.findall("    (?:Hint .|Answer): (.*)", EXERCISES[number][1].__doc__)
+    """The question to predict first, two hints and the answer, which the test's docstring has."""
+    return re.findall("    (?:Predict|Hint .|Answer): (.*)", EXERCISES[number][1].__doc__)
 
 
 def told(number):
@@ -1671,7 +1717,10 @@ def told(number):
         with mock.patch.multiple(R, **oracles | {name: getattr(R, name)}):
             test()
         return ""
-    except (NotImplementedError, pytest.fail.Exception) as words:
+    except NotImplementedError:
+        return (f"Still blank.  Predict first: {notes(number)[0]}\n"
+                f"If you are stuck: python test_refusal.py hint {number}")
+    except pytest.fail.Exception as words:
         return str(words)
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
@@ -1681,11 +1730,12 @@ def told(number):
         return words
 
 
-def blanked(source, student):
-    """The source without the bodies of the exercises, and without answers to "predict first"."""
+def blanked(source, student, numbers):
+    """The source without the bodies of these exercises, and without answers to "predict first"."""
     lines = source.splitlines(keepends=True)
     nodes = {getattr(node, "name", ""): node for node in ast.parse(source).body}
-    for number, (name, _) in reversed(EXERCISES.items()):
+    for number in sorted(numbers, reverse=True):
+        name = EXERCISES[number][0]
         task = f"exercise {number}, {name}: python test_refusal.py grade {student} {number}"
         start = nodes[name].body[0].end_lineno  # where the docstring ends
         lines[start : nodes[name].end_lineno] = [f'    raise NotImplementedError("{task}")\n']
@@ -1701,8 +1751,12 @@ def open_exercises():
     return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
 
 
-def blank(file="student.py"):
-    """FILE: write refusal.py with blanks, and beside it the open exercises as runnable cells."""
+def blank(file="student.py", *numbers):
+    """FILE [EXERCISE ...]: write refusal.py with these blanks, or with all, and beside it the open
+    exercises as runnable cells."""
+    numbers = numbers or tuple(EXERCISES)
+    if not set(numbers) <= set(EXERCISES):
+        return f"exercises are {', '.join(EXERCISES)}"
     student = Path(file)
     cells = []
     for title, code in re.findall("((?:.+\n)+)\n*```python\n((?:.|\n)*?)```", open_exercises()):
@@ -1710,13 +1764,13 @@ def blank(file="student.py"):
         cells.append(f"# %% {title}\n{code}")
     text = "\n".join(cells).replace("from refusal import", f"from {student.stem} import")
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
-    files = {student: blanked(source, student.name), student.with_name("open_exercises.py"): text}
+    files = {student: blanked(source, student.name, numbers), student.with_name("open_exercises.py"): text}
     for path in files:
         if os.path.lexists(path):
             return f"{path} is there already: name a new file in a new folder."
     for path, text in files.items():
         path.write_text(text, encoding="utf-8")
-    print(f"{student} has {len(EXERCISES)} exercises.  What is next: python {student}")
+    print(f"{student} has {len(numbers)} exercises.  What is next: python {student}")
 
 
 def grade(file="student.py", *numbers, in_full=True):
@@ -1729,11 +1783,11 @@ def grade(file="student.py", *numbers, in_full=True):
         words = told(number)
         verdict = "solved"
         if words:
-            verdict = "blank" if words.startswith("exercise") else "wrong"
+            verdict = "blank" if words.startswith("Still blank") else "wrong"
             left.append(f"next: exercise {number}, {name}")
         print(f"{number:>2} {name:<20}{verdict}")
         if in_full:
-            words = words or f"Predicted?  {notes(number)[2]}"
+            words = words or f"Predicted?  {notes(number)[3]}"
             print("   " + words.replace("\n", "\n   "))
     if left:
         return left[0]
@@ -1751,7 +1805,7 @@ def hint(number="", which="1"):
     """EXERCISE [2]: a direction; with the 2, a way."""
     if number not in EXERCISES or which not in ("1", "2"):
         return f"exercises are {', '.join(EXERCISES)}; each has the hints 1 and 2"
-    print(notes(number)[int(which) - 1])
+    print(notes(number)[int(which)])
 
 
 SOLVED = vars(R).copy()
@@ -1804,7 +1858,7 @@ def test_classroom_tells_every_slip(monkeypatch):
     monkeypatch.setitem(globals(), "expect", hand_in_slips)
     for _, test in EXERCISES.values():
         test()
-    assert len(heard) == 22
+    assert len(heard) == 25
 
 
 def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -1813,6 +1867,9 @@ def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
     Path("test_refusal.py").write_bytes(Path(__file__).read_bytes())
     assert not blank("student.py")
     assert "new file" in blank("student.py")
+    Path("home").mkdir()
+    assert not blank("home/work.py", "5a")
+    assert Path("home/work.py").read_text(encoding="utf-8").count("\n    raise NotImpl") == 1
     text = Path("student.py").read_text(encoding="utf-8")
     assert "(No." not in text
     assert "The answer" not in text
@@ -1829,8 +1886,8 @@ def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
     said = run("test_refusal.py", "grade", "student.py")
     assert re.findall(" (solved|wrong)\n", said) == ["solved", "wrong"]
     assert said.count(" blank\n") == 9
-    assert notes("4")[2] in said
-    assert notes("2")[2] not in said
+    assert notes("4")[3] in said
+    assert notes("2")[3] not in said
     assert ": return p_logits[0, 0, 0, 0, 0]\n   IndexError" in said
     assert said.endswith("next: exercise 2, template_tail\n")
     assert not hint("5a", "2")
