@@ -1764,7 +1764,8 @@ def blank(file="student.py", *numbers):
         cells.append(f"# %% {title}\n{code}")
     text = "\n".join(cells).replace("from refusal import", f"from {student.stem} import")
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
-    files = {student: blanked(source, student.name, numbers), student.with_name("open_exercises.py"): text}
+    files = {student: blanked(source, student.name, numbers)}
+    files[student.with_name("open_exercises.py")] = text
     for path in files:
         if os.path.lexists(path):
             return f"{path} is there already: name a new file in a new folder."
