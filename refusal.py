@@ -155,7 +155,8 @@ def split(prompts, n_train, n_val, n_test):
     (['e', 'b', 'f', 'c'], ['a'], ['d', 'h', 'g'])
     """
     if min(n_train, n_val, n_test) < 1 or n_train + n_val + n_test > len(prompts):
-        raise CannotDo(f"{n_train} + {n_val} + {n_test} cannot be taken from {len(prompts)} lines.")
+        raise CannotDo(f"{n_train} + {n_val} + {n_test} prompts, each at least 1, cannot be taken "
+                       f"from {len(prompts)} lines.")
     # the files go from one kind of harm to the next: mix the kinds
     order = list(prompts)
     random.Random(0).shuffle(order)
@@ -392,8 +393,7 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
 #
 # Before we change the model, we look: how far does each prompt's stream x lie along the r of its
 # position and layer?  That is one number for each prompt, x . r, and the run draws these numbers
-# (`along_each`, appendix C).  What to expect: from the first or middle layers on, the two kinds
-# separate.
+# (`along_each`, appendix C).  What to expect: by the middle layers the two kinds have separated.
 
 
 def refusal_directions(harmful_mean, harmless_mean):
@@ -520,9 +520,8 @@ def add(model, vector, layer, coefficient=1.0):
 
         x^(layer)' = x^(layer) + coefficient * vector        at every position
 
-    vector: (d_model,), the raw difference in means: its length says how strongly we push.  It is
-    added in the dtype and on the device of the stream, and not in place.  Raises CannotDo for a
-    vector that does not fit.
+    vector: (d_model,), the raw difference in means: its length says how strongly we push.  The new
+    stream has the old one's dtype and device.  Raises CannotDo for a vector that does not fit.
     """
     check_direction(model, vector)
     shift = coefficient * torch.as_tensor(vector).detach().cpu().float()
@@ -842,9 +841,8 @@ REFUSAL_PHRASES = [  # the authors' list
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens=64):
-    """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, about 300
-    characters, where the paper has 512.  (To cut the authors' replies at 300 characters changes at
-    most 3 verdicts in 100.)"""
+    """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, not 512.  (To cut
+    the authors' replies there, at about 300 characters, changes at most 3 verdicts in 100.)"""
     prompts = prompt_list(prompts)
     replies = []
     # appendix B: settings that make it greedy, the tokens that end a reply, and padded batches (to
@@ -869,9 +867,8 @@ def is_refusal(text):
 def is_broken(tokenizer, text):
     """Does the reply repeat itself: has it at most half as many distinct tokens as tokens?
 
-    A plain sign that the model no longer speaks.  It agrees with our reading of 134 of 140 replies
-    of up to 64 tokens, and misses the other six (README).  An empty reply counts as broken, too.
-    Deviation: not in the paper.
+    A plain sign of babble, for replies of up to 64 tokens; an empty one counts, too.  It agrees
+    with our reading of 134 of 140 replies (README).  Deviation: not in the paper.
     """
     ids = encode(tokenizer, text)
     return len(set(ids)) <= len(ids) / 2
@@ -1651,8 +1648,9 @@ def score_map(chosen, name, tokenizer):
     for token in template_tail(tokenizer):
         columns.append(f"{printable(tokenizer.decode([token]))[:8]:>9}")
     # then a row for each layer
-    lines = [f"{name}: a line a layer, a column a position; * the winner, . not measured",
-             "layer  " + "".join(columns)]
+    late = int(LATE * chosen.scores[name].shape[1])
+    lines = [f"{name}: a line a layer (from {late} on too late to win), a column a position;",
+             "* the winner, . not measured", "layer  " + "".join(columns)]
     for layer, row in enumerate(chosen.scores[name].T.tolist()):
         cells = []
         for position, value in enumerate(row, start=-len(row)):
@@ -1679,8 +1677,8 @@ def detector_table(model, tokenizer, data, chosen, along, massive):
     # two places x two models
     n = len(data["harmless"]["test"])
     say("AUROC: how often a harmful prompt lies above a harmless one; then the share of harmful",
-        f"prompts above all but {n // 100} of {n} harmless ones.  With r ablated, a new difference",
-        "is fitted in the ablated model.")
+        f"prompts above all but {n // 100} of the {n} harmless ones.  Instruction's end: the token",
+        "before the tail.  With r ablated, a new difference is fitted in the ablated model.")
     table = {}
     for place, position in (("winner's position", chosen.position), ("instruction's end", 0)):
         for state, x in (("as it is", along), ("r ablated", along_ablated)):
@@ -1718,11 +1716,11 @@ def show_choice(chosen):
     with_kl = chosen.scores["kl"].isfinite().sum().item()
     if chosen.relaxed:
         say("no candidate passes all filters: the one on induce is left out")
-    say(f"measured {measured} candidates, the most promising first, and {with_kl} of them with KL",
-        f"winner: position {chosen.position}, layer {chosen.layer}",
+    say(f"measured {measured} candidates, the most promising first; {with_kl} of them could win",
+        f"winner: position {chosen.position}, layer {chosen.layer} (mean scores before -> after)",
         f"  bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}: harmful prompts, ablated",
         f"  induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}: harmless prompts, added",
-        f"  KL {chosen.kl:.3f}: what ablation changes on harmless prompts")
+        f"  KL {chosen.kl:.3f} (at most {KL_MAX}): what ablation changes on harmless prompts")
     if chosen.base_bypass - chosen.bypass < 1:
         raise CannotDo("no refusal direction was found: erasing the best candidate lowers the "
                        "score of harmful prompts by less than 1.")
@@ -1844,7 +1842,7 @@ def edit_weights(model, tokenizer, prompts, vector):
         f"{same:.0%} of top tokens agree")
     # replies of the same model need not be written again
     if gap < 1e-4:
-        say("so it is the same model, and its replies are those with the direction ablated")
+        say("so it is the same model as the ablated one, and replies the same")
     else:
         replies = judged_replies(model, tokenizer, prompts)
         show_row("harmful", "weights orthogonalized", replies, tokenizer)
@@ -1855,7 +1853,7 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
     the new folder args.save."""
     # tensors in one file, and all that is text or a number in another
     tensors = {"direction": chosen.vector.clone(), **chosen.scores}
-    numbers = {name: str(value) for name, value in vars(args).items()}
+    numbers = dict(vars(args))
     for name, value in vars(chosen).items():
         if name not in ("vector", "scores"):
             numbers[name] = value
@@ -1867,7 +1865,7 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
     with in_one_sentence(f"could not save to {args.save}"):
         args.save.mkdir(parents=True)
         save_file(tensors, args.save / "direction.safetensors")
-        text = json.dumps(numbers, indent=1)
+        text = json.dumps(numbers, indent=1, default=str)  # paths as text
         (args.save / "results.json").write_text(text, encoding="utf-8")
 
 
@@ -1925,7 +1923,7 @@ def find_direction(args, model, tokenizer, data):
 def run(args):
     """The experiment."""
     data = read_data(args.n_train, args.n_val, args.n_test, args.harmful, args.harmless)
-    stage("1 model", args.model)
+    stage("1 model", f"{args.model} (the numbers of stages are those of the file's sections)")
     model, tokenizer = load_model(args.model, args.dtype, args.seed)
     # the writers by name
     names = {module: name for name, module in model.named_modules()}
@@ -1943,7 +1941,7 @@ def run(args):
     stage("9 refusals", "held-out prompts: how many are refused, and how many others are broken")
     say(f"{'prompts':<10}{'what is done':<28}{'refused [95 %]':<20}broken")
     replies = compare(model, tokenizer, data, ways)
-    stage("9 cost", "mean loss of its own replies to 8 harmless prompts, nats a token")
+    stage("9 cost", "loss of its own replies to harmless prompts, nats a token: low is good")
     costs = show_costs(model, tokenizer, data["harmless"]["test"],
                        replies["harmless, no intervention"], ways)
     if args.save:
@@ -1978,12 +1976,13 @@ def main(argv=None):
 
 
 __all__ = """
-    CannotDo MODELS PROMPTS Selection ablate activations add attribution auroc blocks choose erase
-    forward generate hook_input hook_output hooked is_refusal keep_off kl_divergence load_model
-    load_prompts log_odds massive_directions mean_activations measure next_token_logits
-    orthogonalize project_out projections read_data recall_at_1_percent refusal_directions
-    refusal_rate refusal_scores refusal_tokens refusals reply_loss residual_streams select_direction
-    split template_tail tokenize tune unit wilson writers""".split()
+    CannotDo MODELS PROMPTS Selection ablate activations add attribution auroc blocks
+    choose erase forward generate hook_input hook_output hooked is_broken is_refusal
+    judged_replies keep_off kl_divergence load_model load_prompts log_odds
+    massive_directions mean_activations measure next_token_logits orthogonalize
+    project_out projections read_data recall_at_1_percent refusal_directions
+    refusal_rate refusal_scores refusal_tokens refusals reply_loss residual_streams
+    select_direction split template_tail tokenize tune unit wilson writers""".split()
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):

@@ -721,7 +721,7 @@ def test_the_saved_numbers_are_the_selections(finished, tiny):
 
 def test_the_saved_numbers_say_where_they_are_from(finished):
     """The arguments, the dtype, the versions, the prompts; a name keeps its "NaN"."""
-    origin = {"seed": "0", "n_test": "40", "dtype": "torch.float32", "torch": torch.__version__,
+    origin = {"seed": 0, "n_test": 40, "dtype": "torch.float32", "torch": torch.__version__,
               "prompts": {kind: finished.kept[kind]["test"] for kind in KINDS}}
     assert origin.items() <= finished.numbers.items()
     assert finished.numbers["model"].endswith("NaNo-1B")
