@@ -1500,7 +1500,7 @@ def parse(argv=None):
     flag("--n-val", type=int, default=32, help="prompts of each kind for the selection (32)")
     flag("--n-test", type=int, default=100, help="prompts of each kind for the result (100)")
     flag("--seed", type=int, default=0, help="for the tiny model and the random directions (0)")
-    flag("--prompt", action="append", help="show the replies to this prompt")
+    flag("--prompt", action="append", help="show the replies to this prompt (may be repeated)")
     flag("--map", action="store_true", help="measure (exhaustive=True) and draw every candidate")
     flag("--save", type=Path, help="a new folder for the edited model, the direction, the numbers")
     flag("--dtype", default="auto", help="auto: bfloat16 on a GPU, else float32",
@@ -1553,7 +1553,7 @@ def filter_prompts(model, tokenizer, data):
     # say what is looked at
     tokens = refusal_tokens(tokenizer)
     opens = " or ".join(repr(tokenizer.decode([token])) for token in tokens)
-    say(f"after each instruction the template puts {tokenizer.decode(template_tail(tokenizer))!r}",
+    say(f"after each instruction stands the tail: {tokenizer.decode(template_tail(tokenizer))!r}",
         f"score (section 6): log-odds, in nats, that the reply begins with {opens}")
     if re.search("<think[^/]*$", tokenizer.decode(template_tail(tokenizer))):
         say("the reply begins inside a thought: the score sees the thought's first word")
@@ -1649,7 +1649,7 @@ def score_map(chosen, name, tokenizer):
         columns.append(f"{printable(tokenizer.decode([token]))[:8]:>9}")
     # then a row for each layer
     late = int(LATE * chosen.scores[name].shape[1])
-    lines = [f"{name}: a line a layer (from {late} on too late to win), a column a position;",
+    lines = [f"{name}: a line a layer (from {late} on too near the output), a column a position;",
              "* the winner, . not measured", "layer  " + "".join(columns)]
     for layer, row in enumerate(chosen.scores[name].T.tolist()):
         cells = []
@@ -1716,7 +1716,7 @@ def show_choice(chosen):
     with_kl = chosen.scores["kl"].isfinite().sum().item()
     if chosen.relaxed:
         say("no candidate passes all filters: the one on induce is left out")
-    say(f"measured {measured} candidates, the most promising first; {with_kl} of them could win",
+    say(f"measured bypass of {measured} candidates, the most promising first, and KL of {with_kl}",
         f"winner: position {chosen.position}, layer {chosen.layer} (mean scores before -> after)",
         f"  bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}: harmful prompts, ablated",
         f"  induce {chosen.base_induce:+.2f} -> {chosen.induce:+.2f}: harmless prompts, added",
@@ -1817,10 +1817,11 @@ def show_costs(model, tokenizer, prompts, replies, ways):
         return costs
     for name in ("no intervention", "direction ablated", "random directions ablated",
                  "direction added"):
+        label = name.replace("random directions", "a random direction")
         with ways[name][0]():
-            costs[name] = reply_loss(model, tokenizer, [prompts[i] for i in answered],
-                                     [replies[i] for i in answered])
-        say(f"{'':<10}{name:<28}{costs[name]:.3f}")
+            costs[label] = reply_loss(model, tokenizer, [prompts[i] for i in answered],
+                                      [replies[i] for i in answered])
+        say(f"{'':<10}{label:<28}{costs[label]:.3f}")
     return costs
 
 
@@ -1838,7 +1839,7 @@ def edit_weights(model, tokenizer, prompts, vector):
     kl = kl_divergence(ablated, edited).mean().abs()
     same = (edited.argmax(-1) == ablated.argmax(-1)).float().mean()
     say(f"{len(names)} parameters edited, from {names[0]} to {names[-1]}",
-        f"compared with the ablated model: relative error of the logits {gap:.0e}, KL {kl:.0e}, "
+        f"beside the ablated model, on random tokens: logits {gap:.0e} apart, KL {kl:.0e}, "
         f"{same:.0%} of top tokens agree")
     # replies of the same model need not be written again
     if gap < 1e-4:
@@ -1948,7 +1949,7 @@ def run(args):
         # before the edit, so that the numbers are safe if it fails
         save_numbers(args, model, data, chosen, detector, replies, costs)
 
-    stage("8 weights", "the same ablation, written into the weights")
+    stage("8 weights", "last, because it is for good: the same ablation in the weights")
     edit_weights(model, tokenizer, data["harmful"]["test"], chosen.vector)
     if args.save:
         with in_one_sentence(f"could not save the model to {args.save}"):
@@ -1977,8 +1978,8 @@ def main(argv=None):
 
 __all__ = """
     CannotDo MODELS PROMPTS Selection ablate activations add attribution auroc blocks
-    choose erase forward generate hook_input hook_output hooked is_broken is_refusal
-    judged_replies keep_off kl_divergence load_model load_prompts log_odds
+    choose erase filter_prompts forward generate hook_input hook_output hooked is_broken
+    is_refusal judged_replies keep_off kl_divergence load_model load_prompts log_odds
     massive_directions mean_activations measure next_token_logits orthogonalize
     project_out projections read_data recall_at_1_percent refusal_directions
     refusal_rate refusal_scores refusal_tokens refusals reply_loss residual_streams

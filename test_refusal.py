@@ -420,89 +420,136 @@ def test_the_search_agrees_with_the_plain_definitions(tiny):
         assert base == pytest.approx(score.item(), abs=1e-3)
 
 
-def change(tables, changes):
-    """Change numbers of tables as a text says: "kl all 7, induce -1 4 nan"."""
-    for each in filter(None, changes.split(", ")):
-        name, *place, number = each.split()
-        at = slice(None) if place == ["all"] else tuple(map(int, place))
-        tables[name][at] = float(number)
-
-
-@pytest.fixture
-def script():
+class Script:
     """What a model would say of 3 positions x 12 layers, from tables, to see the search alone."""
-    # nothing passes more easily than these candidates, and none is better than another
-    tables = {"bypass": torch.zeros(3, 12), "kl": torch.zeros(3, 12), "induce": torch.ones(3, 12)}
-    measured = {"bypass": [], "kl": [], "induce": []}
-    inside = []  # the candidate that is ablated or added just now
-    last = []
+
+    def __init__(self, monkeypatch):
+        # nothing passes more easily than these candidates, and none is better than another
+        self.bypass = torch.zeros(3, 12)
+        self.kl = torch.zeros(3, 12)
+        self.induce = torch.ones(3, 12)
+        self.estimates = torch.arange(36.0).view(3, 12)
+        self.measured = {"bypass": [], "kl": [], "induce": []}
+        self.at = None  # the candidate that is ablated or added
+        for name in ("ablate", "add", "refusal_scores", "kl_divergence"):
+            monkeypatch.setattr(R, name, getattr(self, name))
+        monkeypatch.setattr(R, "attribution", lambda *arguments: self.estimates)
+        monkeypatch.setattr(R, "next_token_logits", lambda *arguments: torch.zeros(1, 2))
+        monkeypatch.setattr(R, "refusal_tokens", lambda tokenizer: [0])
 
     @contextmanager
-    def intervene(model, vector, layer=None):
-        number = int(vector)  # a candidate's vector holds its number
-        inside[:] = last[:] = [(number // 12 - 3, number % 12)]
-        assert layer in (None, number % 12)
+    def ablate(self, model, vector, layer=None):
+        number = int(vector[0]) - 1  # a candidate's vector holds its number
+        self.at = self.last = (number // 12 - 3, number % 12)
+        assert layer in (None, self.at[1])
         yield
-        inside.clear()
+        self.at = None
 
-    def look_up(name):
-        measured[name].append(last[0])
-        return tables[name][last[0]][None]
+    add = ablate
 
-    def refusal_scores(model, tokenizer, prompts):
-        if not inside:
+    def look_up(self, name):
+        self.measured[name].append(self.last)
+        return getattr(self, name)[self.last][None]
+
+    def refusal_scores(self, model, tokenizer, prompts):
+        if self.at is None:
             return torch.tensor([9.0])
-        return look_up("bypass" if prompts == ["harmful"] else "induce")
+        return self.look_up("bypass" if prompts == ["harmful"] else "induce")
 
-    def search(exhaustive=False):
-        directions = torch.arange(36.0).view(3, 12, 1)
+    def kl_divergence(self, p_logits, q_logits):
+        return self.look_up("kl")
+
+    def search(self, exhaustive=False):
+        """The selection, its place, and the number of candidates for which bypass was measured."""
+        directions = torch.arange(1.0, 37).view(3, 12, 1) * torch.eye(4)[0]
         directions[:, 0] = 0
-        return R.select_direction(None, None, directions, ["harmful"], ["harmless"], exhaustive)
+        chosen = R.select_direction(None, None, directions, ["harmful"], ["harmless"], exhaustive)
+        return chosen, (chosen.position, chosen.layer), len(self.measured["bypass"])
 
-    with mock.patch.multiple(
-            R, ablate=intervene, add=intervene, refusal_scores=refusal_scores,
-            kl_divergence=lambda p, q: look_up("kl"), refusal_tokens=lambda tokenizer: [0],
-            next_token_logits=lambda *given: torch.zeros(1, 2),
-            # the last position and the latest layer promise most
-            attribution=lambda *given: -torch.arange(36.0).view(3, 12)):
-        yield SimpleNamespace(tables=tables, measured=measured, search=search)
+    def order(self):
+        """All that can win, the lowest estimate first."""
+        places = itertools.product(range(-3, 0), range(1, 9))
+        return sorted(places, key=lambda at: self.estimates[at])
 
 
-@pytest.mark.parametrize("row", """
-induce all 0 | -1 8 | 9 1 1 | nothing gets better: it stops after PATIENCE more
-bypass -2 7 -1 | -1 8 | 9 1 1 | the 10th is better, and comes too late
-bypass -1 1 -2 | -1 1 | 16 2 2 | the 8th is better: the count starts anew
-induce all -1, induce -3 1 0, bypass -1 8 -5, bypass -3 1 -6 | -3 1 | 24 24 24 | the last passes
-induce all -1, bypass -2 5 -5 | -2 5 | 24 24 24 | nothing makes the model refuse
-bypass -1 7 -9, kl -1 7 .5 | -1 8 | 9 2 1 | no KL if bypass is no better, no induce if KL is high
-""".strip().splitlines())
-def test_the_search_goes_by_the_estimate(script, row):
-    """It goes down the list until one has passed all filters and the next 8 are no better, and
-    spares numbers that cannot matter.  A row: what is changed; winner; numbers measured; why."""
-    changes, place, counts, _ = row.split(" | ")
-    change(script.tables, changes)
-    chosen = script.search()
-    assert f"{chosen.position} {chosen.layer}" == place
-    assert chosen.relaxed == (chosen.induce < 0)
-    assert " ".join(str(len(places)) for places in script.measured.values()) == counts
-    order = list(itertools.product((-1, -2, -3), range(8, 0, -1)))  # all that can win
-    assert script.measured["bypass"] == order[: len(script.measured["bypass"])]
-    for name, table in chosen.scores.items():  # NaN: not measured
-        assert table.isfinite().sum() == len(script.measured[name])
+def test_the_search_goes_by_the_estimate(monkeypatch):
+    """The lowest comes first; where nothing gets better, it stops after PATIENCE more."""
+    script = Script(monkeypatch)
+    script.induce[:] = 0  # which just passes
+    script.estimates = -script.estimates
+    chosen, winner, n = script.search()
+    assert n == 1 + R.PATIENCE
+    assert script.measured["bypass"] == script.order()[:n]
+    assert winner == (-1, 8)
+    assert not chosen.relaxed
+    assert (chosen.base_bypass, chosen.base_induce) == (9.0, 0.0)
 
 
-def test_where_each_ablation_breaks_the_model_there_is_no_direction(script):
-    """Just above the paper's KL all are dropped, though the filter on induce is left out."""
-    change(script.tables, "kl all .101")
+def test_the_search_goes_on_while_it_gets_better(monkeypatch):
+    """The first and eight more are measured; a better one among these starts the count anew."""
+    script = Script(monkeypatch)
+    script.bypass[-2, 2] = -1.0  # the 10th of 24
+    assert script.search()[1:] == ((-3, 1), 9)
+    script.measured["bypass"].clear()
+    script.bypass[-3, 8] = -2.0  # the 8th
+    assert script.search()[1:] == ((-3, 8), 16)
+
+
+def test_the_search_stops_only_once_something_has_passed_all_filters(monkeypatch):
+    """23 do not make the model refuse, and the last one does, just: that one is right."""
+    script = Script(monkeypatch)
+    script.induce[:] = -1.0
+    script.induce[-1, 8] = 0.0
+    script.bypass[-3, 1] = -5.0
+    script.bypass[-1, 8] = -6.0
+    chosen, winner, _ = script.search()
+    assert winner == (-1, 8)
+    assert not chosen.relaxed
+
+
+def test_where_nothing_makes_the_model_refuse_everything_was_measured(monkeypatch):
+    """The filter on induce is left out, the lowest bypass wins, and the selection says so."""
+    script = Script(monkeypatch)
+    script.induce[:] = -1.0
+    script.bypass[-2, 5] = -5.0
+    chosen, winner, _ = script.search()
+    assert winner == (-2, 5)
+    assert chosen.relaxed
+    assert script.measured["bypass"] == script.measured["induce"] == script.order()
+
+
+def test_the_search_spares_numbers_that_cannot_matter(monkeypatch):
+    """No KL where bypass is not better, no induce where KL is too high: NaN in the tables."""
+    script = Script(monkeypatch)
+    script.bypass[-3, 2] = -9.0  # better, but broken; the others are no better than the first
+    script.kl[-3, 2] = 0.5
+    chosen, winner, _ = script.search()
+    assert winner == (-3, 1)
+    assert script.measured["kl"] == [(-3, 1), (-3, 2)]
+    assert script.measured["induce"] == [(-3, 1)]
+    assert chosen.scores["kl"].isfinite().sum() == 2
+
+
+def test_where_each_ablation_breaks_the_model_there_is_no_direction(monkeypatch):
+    """Just above the paper's KL a candidate is dropped, also where no filter on induce is left."""
+    script = Script(monkeypatch)
+    script.induce[:] = -1.0
+    script.kl[:] = 0.101
     with cannot("KL > 0.1"):
         script.search()
+    script.kl[-2, 4] = 0.099
+    assert script.search()[1] == (-2, 4)
 
 
-def test_exhaustive_measures_all_and_chooses_by_the_same_rule(script):
+def test_exhaustive_measures_all_and_chooses_by_the_same_rule(monkeypatch):
     """All numbers but at layer 0, late layers too; no late layer and no broken model wins."""
-    change(script.tables, "bypass -1 5 -1, bypass -1 9 -9, bypass -2 2 -9, kl -2 2 .5")
-    chosen = script.search(exhaustive=True)
-    assert (chosen.position, chosen.layer) == (-1, 5)
+    script = Script(monkeypatch)
+    script.bypass[-1, 8] = -1.0
+    script.bypass[:, 9:] = -9.0
+    script.bypass[-2, 2] = -9.0
+    script.kl[-2, 2] = 0.5
+    chosen, winner, _ = script.search(exhaustive=True)
+    assert winner == (-1, 8)
     for table in chosen.scores.values():
         assert table[:, 1:].isfinite().all()
         assert table[:, 0].isnan().all()
@@ -1000,76 +1047,79 @@ DOZEN |= {"zaya": "refused", "zamba": "refused"}  # the stream is scaled; there 
 
 # One table of sizes serves all families: whatever a configuration calls a thing, it gets its tiny
 # value (4 heads of 16 are not the width; no scale is 1).
-SIZES = {}
-for line in """264 vocab_size vocab_size_per_layer_input
-    48 hidden_size n_embd d_model
-    80 intermediate_size ffn_dim ffn_hidden_size dff dense_intermediate_size
-    40 moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
-    40 moe_shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size
-    3 num_hidden_layers n_layer n_layers num_layers
-    4 num_attention_heads n_head n_heads num_heads num_experts num_local_experts n_routed_experts
-    4 moe_num_experts mamba_n_heads mamba_num_heads linear_num_heads linear_num_value_heads
-    2 num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k top_k_experts n_group
-    2 n_groups linear_num_key_heads
-    16 head_dim qk_nope_head_dim indexer_head_dim linear_head_dim mamba_chunk_size chunk_size
-    128 max_position_embeddings n_positions
-    64 sliding_window sliding_window_size attention_window_size local_attention
-    64 attention_chunk_size window_size
-    1 n_shared_experts topk_group first_k_dense_replace eos_token_id
-    24 kv_lora_rank index_topk mamba_head_dim
-    8 qk_rope_head_dim rotary_dim
-    0.7 residual_multiplier logit_scale attention_out_multiplier ssm_out_multiplier
-    0 pad_token_id
-    20 q_lora_rank
-    12 v_head_dim
-    3.0 embedding_multiplier
-    1.5 logits_scaling""".splitlines():
-    size, *names = line.split()
-    SIZES |= dict.fromkeys(names, json.loads(size))
-# what a family needs beside that, and some variants
-FAMILY = json.loads("""{
-    "bamba": {"attn_layer_indices": [1]}, "dory": {"sliding_window": 128},
-    "cohere_compass_text": {"rope_parameters": {
-        "full_attention": {"rope_type": "default", "rope_theta": 1, "mrope_section": [4, 2, 2]},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1, "mrope_section": [4, 2, 2]}
-    }},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {
-        "hidden_size": 48, "ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2}},
+SIZES = {
+    **dict.fromkeys("vocab_size vocab_size_per_layer_input".split(), 264),
+    **dict.fromkeys("hidden_size n_embd d_model".split(), 48),
+    **dict.fromkeys("""intermediate_size ffn_dim ffn_hidden_size dff
+        dense_intermediate_size""".split(), 80),
+    **dict.fromkeys("""moe_intermediate_size shared_expert_intermediate_size
+        shared_intermediate_size moe_shared_expert_intermediate_size
+        shared_experts_intermediate_size expert_ffn_hidden_size""".split(), 40),
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers".split(), 3),
+    **dict.fromkeys("""num_attention_heads n_head n_heads num_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_heads
+        linear_num_value_heads""".split(), 4),
+    **dict.fromkeys("""num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k
+        top_k_experts n_group n_groups linear_num_key_heads""".split(), 2),
+    **dict.fromkeys("""head_dim qk_nope_head_dim indexer_head_dim linear_head_dim mamba_chunk_size
+        chunk_size""".split(), 16),
+    **dict.fromkeys("max_position_embeddings n_positions".split(), 128),
+    **dict.fromkeys("""sliding_window sliding_window_size attention_window_size local_attention
+        attention_chunk_size window_size""".split(), 64),
+    **dict.fromkeys("n_shared_experts topk_group first_k_dense_replace".split(), 1),
+    **dict.fromkeys("kv_lora_rank index_topk mamba_head_dim".split(), 24),
+    **dict.fromkeys("qk_rope_head_dim rotary_dim".split(), 8),
+    **dict.fromkeys("""residual_multiplier logit_scale attention_out_multiplier
+        ssm_out_multiplier""".split(), 0.7),
+    "pad_token_id": 0, "eos_token_id": 1, "q_lora_rank": 20, "v_head_dim": 12,
+    "embedding_multiplier": 3.0, "logits_scaling": 1.5}
+COMPASS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+# what a family needs beside that, and variants of a family
+FAMILY = {
+    "bamba": {"attn_layer_indices": [1]},
+    "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": COMPASS, "sliding_attention": COMPASS}},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+             "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 80, "moe_num_experts": 4,
+                            "moe_top_k": 2}},
+    "dory": {"sliding_window": 128}, "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
                         "swa_qk_nope_head_dim": 16},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
-    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "helium": {"head_dim": 12}, "jamba": {"attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "falcon_h1": {"mamba_d_ssm": 96, "mlp_multipliers": [0.8, 1.3]},
     "longcat_flash": {"head_dim": 8}, "mamba2": {"head_dim": 24},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "jamba": {"attn_layer_offset": 1},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "zaya": {"num_experts_per_tok": 1}, "gpt_oss": {"intermediate_size": 48},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "helium": {"head_dim": 12},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "laguna": {"num_attention_heads_per_layer": [4, 6, 4]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "qwen2-sliding": {
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        "use_sliding_window": True},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 64,
                        "indexer_compress_ratio": 4},
-    "reformer": {"is_decoder": true, "axial_pos_embds": false, "hash_seed": 0},
     "stablelm": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-    "xlstm": {"hidden_size": 128}, "zaya": {"num_experts_per_tok": 1},
-    "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
-    "falcon-new": {"new_decoder_architecture": true}, "qwen2-tied": {"tie_word_embeddings": true},
-    "gpt_neox-sequential": {"use_parallel_residual": false},
-    "opt-norm-after": {"do_layer_norm_before": false},
-    "falcon_h1": {"mamba_d_ssm": 96, "mlp_multipliers": [0.8, 1.3]},
-    "gpt_oss": {"intermediate_size": 48}, "laguna": {"num_attention_heads_per_layer": [4, 6, 4]},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "minimax_m3_vl_text": {"mlp_layer_types": ["dense", "sparse", "sparse"],
-        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
-    "bloom-residual-after-norm": {"apply_residual_connection_post_layernorm": true},
-    "falcon-alibi-sequential": {"alibi": true, "parallel_attn": false, "bias": true},
-    "gemma4_text-moe": {"enable_moe_block": true}, "mpt-biased": {"no_bias": false},
-    "llama-biased": {"attention_bias": true, "mlp_bias": true},
-    "opt-projected": {"do_layer_norm_before": false, "word_embed_proj_dim": 32},
+    "xlstm": {"hidden_size": 128},
+    "bloom-residual-after-norm": {"apply_residual_connection_post_layernorm": True},
+    "falcon-alibi-sequential": {"alibi": True, "parallel_attn": False, "bias": True},
+    "falcon-new": {"new_decoder_architecture": True}, "gemma4_text-moe": {"enable_moe_block": True},
+    "gpt_neox-sequential": {"use_parallel_residual": False},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True}, "mpt-biased": {"no_bias": False},
+    "opt-norm-after": {"do_layer_norm_before": False},
+    "opt-projected": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
     "opt-projected-before": {"word_embed_proj_dim": 32},
-    "qwen2-sliding": {"use_sliding_window": true,
-        "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
     "qwen2_moe-mixed": {"mlp_only_layers": [0]}, "qwen3_moe-mixed": {"mlp_only_layers": [0]},
-    "stablelm-parallel": {"use_parallel_residual": true}}""")
-for name in "gpt_neox gptj granite llama phi".split():
+    "stablelm-parallel": {"use_parallel_residual": True}}
+for name in "gpt_neox gptj granite llama phi qwen2".split():
     FAMILY[f"{name}-tied"] = {"tie_word_embeddings": True}
 for name in "cohere gemma2 gpt2 opt".split():
     FAMILY[f"{name}-untied"] = {"tie_word_embeddings": False}
@@ -1604,18 +1654,18 @@ def test_exercise_6b_kl_divergence():
 
 # Two positions and seven layers, KL 0 and induce 1.  At position -1 bypass falls with the layer:
 # -1 4 is right, for layer 5 is int(0.8 * 7).  What is right if this is changed, and why:
-CHOICES = """
--1 4 |  | layers from int(0.8 n_layers) on are too late
--1 3 | kl -1 4 7 | where KL is above 0.1, ablation breaks the model
--1 4 | kl -1 4 .1, induce -1 4 0 | what lies at a threshold passes
--1 4 | kl -1 4 .1, induce -1 2 9 | KL and induce are filters, and no more
--1 3 | induce -1 4 -1 | the lowest does not induce refusal
--2 0 | induce -1 -1 | nothing at position -1 induces refusal
--1 3 | induce all -1, kl -1 4 7 | if nothing passes, only induce is left out
--1 3 | kl -1 4 nan | NaN was not measured, and must not win
--1 3 | induce all -1, induce -1 4 nan | NaN was not measured, and must not win
-None | bypass all nan | NaN was not measured, and must not win
-""".strip().splitlines()
+# the right answer, what is changed in the tables (name, place, number), and why
+CHOICES = [
+    ((-1, 4), [], "layers from int(0.8 n_layers) on are too late"),
+    ((-1, 3), [("kl", (-1, 4), 7)], "where KL is above 0.1, ablation breaks the model"),
+    ((-1, 4), [("kl", (-1, 4), 0.1), ("induce", (-1, 4), 0)], "what lies at a threshold passes"),
+    ((-1, 4), [("kl", (-1, 4), 0.1), ("induce", (-1, 2), 9)], "KL and induce are filters only"),
+    ((-1, 3), [("induce", (-1, 4), -1)], "the lowest does not induce refusal"),
+    ((-2, 0), [("induce", -1, -1)], "nothing at position -1 induces refusal"),
+    ((-1, 3), [("induce", ..., -1), ("kl", (-1, 4), 7)], "only induce may be left out"),
+    ((-1, 3), [("kl", (-1, 4), math.nan)], "NaN was not measured, and must not win"),
+    ((-1, 3), [("induce", ..., -1), ("induce", (-1, 4), math.nan)], "NaN was not measured"),
+    (None, [("bypass", ..., math.nan)], "NaN was not measured, and must not win")]
 
 
 def test_exercise_7_choose():
@@ -1624,13 +1674,13 @@ def test_exercise_7_choose():
     Hint 1: Four filters in a row, then the lowest of what is left.  And if nothing is left?
     Hint 2: Loop over all; skip what has a NaN or fails a filter; none left: again without induce.
     Answer: no: the lowest of all is often a broken model, and its KL gives it away."""
-    for right, changes, why in (row.split(" | ") for row in CHOICES):
+    for want, changes, why in CHOICES:
         scores = {name: torch.ones(2, 7).double() for name in ("bypass", "kl", "induce")}
         scores["kl"][:] = 0
         scores["bypass"][-1] = -torch.arange(7)
-        change(scores, changes)
+        for name, place, number in changes:
+            scores[name][place] = number
         got = R.choose(copy.deepcopy(scores))
-        want = None if right == "None" else tuple(map(int, right.split()))
         if str(got) != str(want):
             given = "".join(f"\n  {name} {table.tolist()}" for name, table in scores.items())
             fail(f"You choose {got}, and {want} (plain ints) is right: {why}.{given}")
