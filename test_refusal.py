@@ -790,6 +790,19 @@ def test_the_rows_are_what_the_model_says(finished, tiny, row):
     assert all(map(str.startswith, replies, finished.numbers["replies"][row]))
 
 
+def test_the_costs_are_the_losses_of_its_own_replies(finished, tiny):
+    """Those of the first eight harmless prompts that were answered, inside each way."""
+    prompts = finished.numbers["prompts"]["harmless"]
+    replies = finished.numbers["replies"]["harmless, no intervention"]
+    eight = [pair for pair in zip(prompts, replies) if not R.is_refusal(pair[1])][:8]
+    for name, way in finished.ways.items():
+        with way():
+            loss = R.reply_loss(*tiny, *zip(*eight))
+        assert finished.numbers["reply_loss"][name] == pytest.approx(loss, abs=1e-4)
+        assert re.search(f" {name} +{loss:.3f}\n", finished.out)
+    assert len(finished.numbers["reply_loss"]) == 4
+
+
 def test_replies_stand_under_their_headings(finished, tiny):
     """As it is, ablated, added: what `generate` gives in each of the three."""
     for heading, way in finished.ways.items():
