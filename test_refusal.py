@@ -1455,8 +1455,12 @@ def check_intervention(enter):
         fail("An error inside the `with` block must come out of it again: use `finally`.")
     after = logits_inside(nullcontext(), model)
     expect(after, before, "After an error inside the `with` block (use `hooked`), the model")
-    with enter(model, randn(32)):
-        pass  # nothing is left behind that forbids a second time
+
+    def again():
+        with enter(model, randn(32)):
+            pass
+
+    must_run("After an error the model is still marked as ablated: use try and finally.", again)
     gpt2 = tiny_of("gpt2").bfloat16()  # another architecture, in 16 bits
     gpt2.transformer.wpe.weight.requires_grad_(True)
     logits = must_run("The stream keeps its dtype, bfloat16 here: convert what you add to it.",
@@ -1552,6 +1556,11 @@ def test_exercise_5a_project_out():
             "This is the part along r: subtract it from x.": x - left,
             "Subtract the part along r; this has added it.": 2 * x - left,
             "Subtract the part along r once, and not twice.": 2 * left - x})
+    x = randn(9, 16)
+    as_it_was = x.clone()
+    R.project_out(x, r)
+    if not torch.equal(x, as_it_was):
+        fail("x must stay as it was.  (.float() of a float32 tensor is the same tensor.)")
     x = (randn(9, 16) + 300 * r).bfloat16()
     as_it_was = x.clone()
     left = out_of(x, r)
@@ -1566,7 +1575,7 @@ def test_exercise_5b_ablate():
     """The ablated model is the one with the paper's hooks; an ablation that misses is refused.
     Predict: is it enough to project what enters blocks?
     Hint 1: Which modules put something into the stream?  From what they give, take r away.
-    Hint 2: `hook_output` on each of `writers`, in one `hooked`; inside, `check_erased` and yield.
+    Hint 2: Find `writers` first; `hook_output` on each, in one `hooked`; check_erased; then yield.
     Answer: no: attention writes r back into the block before the MLP reads the stream."""
     model = small_model()[0]
     r = R.unit(randn(32))
@@ -1606,13 +1615,21 @@ def test_exercise_5c_add():
     def shifted(by, *layers):
         return logits_inside(R.hooked(papers_shift(model, by, *layers)), model)
 
+    def at_the_end(x):
+        return torch.cat([x[:, :-1], x[:, -1:] - 0.5 * vector], dim=1)
+
     for layer in (1, 3):
+        last_only = [R.hook_input(R.blocks(model)[layer], at_the_end)]
         got = logits_inside(R.add(model, vector, layer, -0.5), model)
         expect(got, shifted(-0.5 * vector, layer), f"The model with -v / 2 added at {layer}", {
             "Is the coefficient used?": shifted(vector, layer),
             "Add the vector with its own length.": shifted(-0.5 * R.unit(vector), layer),
             "Add it to what enters the block, and not to what leaves it.":
-                shifted(-0.5 * vector, layer + 1) if layer < 3 else shifted(0 * vector, 0),
+                shifted(-0.5 * vector, 2),
+            "Add it at every position, and not only at the last.":
+                logits_inside(R.hooked(last_only), model),
+            "Nothing has changed: does the yield stand inside `with hooked(...)`?":
+                logits_inside(nullcontext(), model),
             "Add it once: the stream carries it on.": shifted(-0.5 * vector, *range(layer, 4))})
     seen = []
     with R.hook_input(R.blocks(model)[1], lambda x: seen.extend([x, x.clone()])):
@@ -1826,6 +1843,7 @@ def blank(file="student.py", *numbers):
     for title, code in re.findall("((?:.+\n)+)\n*```python\n((?:.|\n)*?)```", open_exercises()):
         title = title.strip("#\n ").replace("\n", "\n# ")
         cells.append(f"# %% {title}\n{code}")
+    cells.insert(0, "# To be run cell by cell, with a file that has no blanks.\n")
     text = "\n".join(cells).replace("from refusal import", f"from {student.stem} import")
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
     files = {student: blanked(source, student.name, numbers)}
@@ -1923,7 +1941,7 @@ def test_classroom_tells_every_slip(monkeypatch):
     monkeypatch.setitem(globals(), "expect", hand_in_slips)
     for _, test in EXERCISES.values():
         test()
-    assert len(heard) == 26
+    assert len(heard) == 27
 
 
 def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
