@@ -322,6 +322,26 @@ def test_results_of_a_bfloat16_model_are_float32(toy):
     assert R.activations(*toy, PROMPTS, [-1]).dtype == torch.float32
 
 
+def test_a_model_in_training_mode_is_refused(toy):
+    """Its dropout would add noise to all that is measured."""
+    toy[0].train()
+    with cannot("training mode"):
+        R.refusal_scores(*toy, PROMPTS)
+
+
+def test_a_stream_that_is_given_by_name_is_changed_too():
+    """Some models call block(hidden_states=x, ...): x changes, and the rest stays."""
+    class Block(nn.Module):
+        def forward(self, hidden_states, scale):
+            return scale * hidden_states
+
+    block = Block()
+    x = torch.ones(2)
+    with R.hook_input(block, lambda x: x + 1):
+        assert block(x, scale=3).tolist() == block(hidden_states=x, scale=3).tolist() == [6, 6]
+    assert block(hidden_states=x, scale=3).tolist() == [3, 3]
+
+
 def test_one_logit_that_is_no_number_is_refused(toy):
     """One of many is enough to make a mean NaN."""
     toy[0].lm_head.weight[7, 3] = math.nan
@@ -611,6 +631,7 @@ def test_parameters_stay_trainable_or_not(trainable):
     for p in model.parameters():
         assert p.requires_grad == (trainable and p.is_floating_point())
         assert not p.is_inference()
+    assert not model.config.tie_word_embeddings, "or a saved model is tied again"
 
 
 class Mixture(nn.Module):
@@ -649,6 +670,16 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
     model.generation_config = own
     assert R.generate(model, tokenizer, PROMPTS, 6)[1] == by_hand
     assert model.generation_config is own
+
+
+def test_the_model_and_the_tokenizer_say_what_ends_a_reply(toy):
+    """Both are asked; a model may have several ends."""
+    model, tokenizer = toy
+    tokenizer.chat_template = EACH + "{{ m.content }}{% endfor %}"  # which says nothing of ends
+    model.generation_config.eos_token_id = [5, 6]
+    assert {5, 6, tokenizer.eos_token_id} <= set(R.end_tokens(model, tokenizer))
+    model.generation_config.eos_token_id = None
+    assert tokenizer.eos_token_id in R.end_tokens(model, tokenizer)
 
 
 NEXT_TURN = EACH + ("{% if not loop.first %}<|end|>{% endif %}<|{{ m.role }}|>{{ m.content }}"
