@@ -1298,6 +1298,7 @@ def most_promising_first(model, tokenizer, directions, prompts, exhaustive):
     estimates = attribution(model, tokenizer, directions, prompts)  # (position, layer)
     lengths = torch.linalg.vector_norm(directions, dim=-1)  # (position, layer)
     n_positions, n_layers = lengths.shape
+    # all but those that need no measuring
     candidates = []
     for position in range(-n_positions, 0):
         for layer in range(n_layers):
@@ -1426,8 +1427,10 @@ def tokenize(tokenizer, prompts):
     """
     rows = chat_ids(tokenizer, prompts)
     seq = max(len(row) for row in rows)
-    ids, mask = [], []
+    ids = []
+    mask = []
     for row in rows:
+        # how many tokens this row lacks beside the longest one
         missing = seq - len(row)
         # any token will do as padding: where the mask is 0, nothing is read
         ids.append(row[:1] * missing + row)
@@ -1464,7 +1467,7 @@ def greedy_settings(model, tokenizer, max_new_tokens):
     which would stay in force.  Some models keep them in a part of theirs, so all modules are asked.
     """
     ends = end_tokens(model, tokenizer)
-    # ours
+    # greedy, and nothing else
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens)
     if ends:
         # a reply that has ended waits, padded, for the longest one of its batch
@@ -1476,7 +1479,10 @@ def greedy_settings(model, tokenizer, max_new_tokens):
         for module in own:
             module.generation_config = settings
         # many together are much faster, if the model can ignore their padding
-        yield ends, 1 if padding_is_seen(model) else 64
+        batch_size = 64
+        if padding_is_seen(model):
+            batch_size = 1
+        yield ends, batch_size
     finally:
         for module, config in own.items():
             module.generation_config = config
@@ -1553,9 +1559,10 @@ def filter_prompts(model, tokenizer, data):
     # say what is looked at
     tokens = refusal_tokens(tokenizer)
     opens = " or ".join(repr(tokenizer.decode([token])) for token in tokens)
-    say(f"after each instruction stands the tail: {tokenizer.decode(template_tail(tokenizer))!r}",
+    tail = tokenizer.decode(template_tail(tokenizer))
+    say(f"after each instruction stands the tail: {tail!r}",
         f"score (section 6): log-odds, in nats, that the reply begins with {opens}")
-    if re.search("<think[^/]*$", tokenizer.decode(template_tail(tokenizer))):
+    if re.search("<think[^/]*$", tail):
         say("the reply begins inside a thought: the score sees the thought's first word")
     for kind in data:
         for part in ("train", "val"):
@@ -1812,6 +1819,8 @@ def show_costs(model, tokenizer, prompts, replies, ways):
     done -> nats a token.  Of the random directions, the first one is ablated."""
     # a refusal's loss would tell about refusing
     answered = [i for i, reply in enumerate(replies) if reply and not is_refusal(reply)][:8]
+    prompts = [prompts[i] for i in answered]
+    replies = [replies[i] for i in answered]
     costs = {}
     if not answered:
         return costs
@@ -1819,8 +1828,7 @@ def show_costs(model, tokenizer, prompts, replies, ways):
                  "direction added"):
         label = name.replace("random directions", "a random direction")
         with ways[name][0]():
-            costs[label] = reply_loss(model, tokenizer, [prompts[i] for i in answered],
-                                      [replies[i] for i in answered])
+            costs[label] = reply_loss(model, tokenizer, prompts, replies)
         say(f"{'':<10}{label:<28}{costs[label]:.3f}")
     return costs
 

@@ -1650,7 +1650,6 @@ def test_exercise_5c_add():
         return torch.cat([x[:, :-1], x[:, -1:] - 0.5 * vector], dim=1)
 
     for layer in (1, 3):
-        last_only = [R.hook_input(R.blocks(model)[layer], at_the_end)]
         got = logits_inside(R.add(model, vector, layer, -0.5), model)
         expect(got, shifted(-0.5 * vector, layer), f"The model with -v / 2 added at {layer}", {
             "Is the coefficient used?": shifted(vector, layer),
@@ -1658,7 +1657,7 @@ def test_exercise_5c_add():
             "Add it to what enters the block, and not to what leaves it.":
                 shifted(-0.5 * vector, 2),
             "Add it at every position, and not only at the last.":
-                logits_inside(R.hooked(last_only), model),
+                logits_inside(R.hook_input(R.blocks(model)[layer], at_the_end), model),
             "Nothing has changed: does the yield stand inside `with hooked(...)`?":
                 logits_inside(nullcontext(), model),
             "Add it once: the stream carries it on.": shifted(-0.5 * vector, *range(layer, 4))})
@@ -1669,6 +1668,7 @@ def test_exercise_5c_add():
         fail("Others still hold the stream: return a new tensor, do not add in place.")
     check_intervention(lambda model, vector: R.add(model, vector, 1))
     must_refuse("A vector of another size", R.add(model, vector[:1], 1).__enter__)
+
     def run_elsewhere():
         with R.add(model.to("meta"), vector, 1):
             model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"))
@@ -1808,6 +1808,7 @@ EXERCISES = {}  # number -> name of the function, its test
 for title in list(globals()):
     if found := re.fullmatch(r"test_exercise_(\w+?)_(\w+)", title):
         EXERCISES[found[1]] = (found[2], globals()[title])
+KNOWN = f"exercises are {', '.join(EXERCISES)}"
 # what `blank` adds to a student's copy, so that it says what is next before it trains anything
 CHECK = """    if left := re.findall(r'^    raise NotImplementedError."(.*)".$',
                           Path(__file__).read_text(encoding="utf-8"), re.MULTILINE):
@@ -1868,7 +1869,7 @@ def blank(file="student.py", *numbers):
     exercises as runnable cells."""
     numbers = numbers or tuple(EXERCISES)
     if not set(numbers) <= set(EXERCISES):
-        return f"exercises are {', '.join(EXERCISES)}"
+        return KNOWN
     student = Path(file)
     cells = []
     for title, code in re.findall("((?:.+\n)+)\n*```python\n((?:.|\n)*?)```", open_exercises()):
@@ -1890,7 +1891,7 @@ def blank(file="student.py", *numbers):
 def grade(file="student.py", *numbers, in_full=True):
     """FILE [EXERCISE ...]: grade these, or all of them, and then the whole."""
     if not set(numbers) <= set(EXERCISES):
-        return f"exercises are {', '.join(EXERCISES)}"
+        return KNOWN
     left = []
     for number in numbers or EXERCISES:
         name = EXERCISES[number][0]
@@ -1918,7 +1919,7 @@ def status(file="student.py"):
 def hint(number="", which="1"):
     """EXERCISE [2]: a direction; with the 2, a way."""
     if number not in EXERCISES or which not in ("1", "2"):
-        return f"exercises are {', '.join(EXERCISES)}; each has the hints 1 and 2"
+        return f"{KNOWN}; each has the hints 1 and 2"
     print(notes(number)[int(which)])
 
 
@@ -1946,6 +1947,9 @@ def test_classroom_lets_right_answers_pass(number):
 
 @pytest.mark.parametrize("number, answer, words", [
     ("5b", lambda model, direction: nullcontext(), "does the yield stand inside"),
+    ("5c", lambda model, vector, layer, dose=1: R.hook_input(
+        R.blocks(model)[layer], lambda x: torch.cat([x[:, :-1], x[:, -1:] + dose * vector], dim=1)),
+     "not only at the last"),
     ("6a", plain_score, "very sure"),
     ("7", lambda scores: (-1, scores["bypass"][-1].argmin().item()), "are too late"),
     ("7", lambda scores: (-1, scores["bypass"][-1, :5].argmin().item()), "KL is above 0.1"),
