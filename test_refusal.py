@@ -51,7 +51,6 @@ CHATML = EACH + ("<|user|>{{ m.content }}<|end|>\n{% endfor %}"
 BRACKETS = EACH + ("{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|>"
                    "{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}")
 
-
 def small_model(scale=8.0, **sizes):
     """A random Llama and a tokenizer; scaled up, or every block does next to nothing."""
     tokenizer = R.tiny_tokenizer([*PROMPTS, "Write a poem about rain and bad weather"])
@@ -65,24 +64,19 @@ def small_model(scale=8.0, **sizes):
             p.mul_(scale)
     return model, tokenizer
 
-
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-
 def close(a, b, within=1e-4):
     torch.testing.assert_close(a, b, atol=within, rtol=within, check_dtype=False, equal_nan=True)
-
 
 def cannot(says):
     """Inside the `with` statement CannotDo must be raised, with these words."""
     return pytest.raises(R.CannotDo, match=re.escape(says))
 
-
 def read(tokenizer, prompt="Write a poem"):
     """The token ids that a model reads of this prompt: (1, seq)."""
     return torch.tensor(R.chat_ids(tokenizer, [prompt]))
-
 
 def find(model, tokenizer, data):
     """The direction, by the program's own steps."""
@@ -90,36 +84,30 @@ def find(model, tokenizer, data):
     return R.select_direction(model, tokenizer, R.refusal_directions(*means),
                               data["harmful"]["val"], data["harmless"]["val"])
 
-
 @pytest.fixture
 def toy():
     """A random model and its tokenizer, new for every test."""
     return small_model()
-
 
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny chat model and its tokenizer, trained once."""
     return R.train_tiny_model(seed=0)
 
-
 def test_docstring_examples():
     """Every example in a docstring gives what it says it gives."""
     failed, tried = doctest.testmod(R)
     assert failed == 0 < tried
 
-
 # %% 0. The paper in plain code --------------------------------------------------------------------
 # The oracle that refusal.py is held to: one prompt at a time, every candidate measured, by
 # transformers' own means.  It is slow on purpose, and knows only models built like a Llama.
-
 
 def out_of(x, r):
     """x without its part along the unit vector r, in the dtype of x."""
     r = r.to(x.device, torch.float32)
     part = torch.einsum("...i,i,j->...j", x.float(), r, r)
     return (x.float() - part).to(x.dtype)
-
 
 def papers_hooks(model, r):
     """Ablation, the authors' way: at every block's input, and at what attention and MLP give."""
@@ -128,13 +116,11 @@ def papers_hooks(model, r):
         yield block.self_attn.register_forward_hook(lambda m, args, x: (out_of(x[0], r), *x[1:]))
         yield block.mlp.register_forward_hook(lambda m, args, x: out_of(x, r))
 
-
 def papers_shift(model, vector, *layers):
     """Addition, the authors' way: at a block's input."""
     for layer in layers:
         yield model.model.layers[layer].register_forward_pre_hook(
             lambda m, args: (args[0] + vector.to(args[0]), *args[1:]))
-
 
 @torch.no_grad()
 def plain_streams(model, tokenizer, prompts, n):
@@ -149,7 +135,6 @@ def plain_streams(model, tokenizer, prompts, n):
             rows.append(x[0, -n:].double().cpu())
     return torch.stack(rows)
 
-
 @torch.no_grad()
 def plain_logits(model, tokenizer, prompts, hooks=()):
     """Logits for the first token of each reply: (prompt, vocab), float64."""
@@ -160,19 +145,16 @@ def plain_logits(model, tokenizer, prompts, hooks=()):
             rows.append(model(input_ids=ids).logits[:, -1].double().cpu())  # (1, vocab)
     return torch.cat(rows)
 
-
 def plain_score(logits, tokens):
     """log(p / (1 - p)), p the probability of the tokens together: (..., vocab) -> (...)."""
     p = logits.softmax(-1)[..., tokens].sum(-1)
     return (p / (1 - p)).log()
-
 
 def plain_kl(p_logits, q_logits):
     """KL divergence: (..., vocab) twice -> (...)."""
     p = p_logits.double().softmax(-1)
     q = q_logits.double().softmax(-1)
     return (p * (p / q).log()).sum(-1)
-
 
 def plain_search(model, tokenizer, data, only=None):
     """The whole procedure: the candidates, the three numbers of each (or only of these), name ->
@@ -200,7 +182,6 @@ def plain_search(model, tokenizer, data, only=None):
     strict = [at for at in intact if scores["induce"][at] >= 0]
     return directions, scores, min(strict or intact, key=lambda at: scores["bypass"][at])
 
-
 # %% 1. The model ----------------------------------------------------------------------------------
 def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path):
     """The configuration asks for it; CannotDo is raised, and not what the code raises."""
@@ -211,14 +192,12 @@ def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path):
     with cannot("cannot be loaded"):
         R.load_model(str(tmp_path))
 
-
 def test_weights_that_are_not_in_the_folder_are_not_made_up(toy, tmp_path):
     """transformers would fill them with random numbers: a classifier has no unembedding."""
     toy[1].save_pretrained(tmp_path)
     transformers.LlamaForSequenceClassification(toy[0].config).save_pretrained(tmp_path)
     with cannot("lm_head.weight"):
         R.load_model(str(tmp_path))
-
 
 # %% 2. The prompts --------------------------------------------------------------------------------
 def test_split_takes_train_from_the_front_and_test_from_the_end():
@@ -228,20 +207,16 @@ def test_split_takes_train_from_the_front_and_test_from_the_end():
     assert sorted(train + val + test) == sorted(lines) != train + val + test
     assert R.split(lines, 10, 5, 8) == (train[:10], test[-13:-8], test[-8:])
 
-
 @pytest.mark.parametrize("sizes", [(6, 1, 2), (1, 0, 1)])
 def test_split_refuses_what_overlaps_or_is_empty(sizes):
     """Of eight prompts nine cannot be taken, and each part needs one."""
     with cannot("cannot be taken from 8"):
         R.split("abcdefgh", *sizes)
 
-
-@pytest.mark.parametrize("prompts", ["Write a poem", [], [None]])
-def test_what_is_no_list_of_text_is_refused(toy, prompts):
-    """One string, nothing, missing values: templates would read them as some text."""
+def test_one_string_is_no_list_of_prompts(toy):
+    """It would be taken apart into letters."""
     with cannot("prompts must be a list"):
-        R.refusal_scores(*toy, prompts)
-
+        R.refusal_scores(*toy, "Write a poem")
 
 # Chat templates: one of our own for each thing that real ones do, and the text that the model must
 # read after the instruction.
@@ -255,13 +230,10 @@ TEMPLATES = {
     "a past chat begins in another way": (
         BRACKETS + SHOWS_NO_THOUGHTS, "<|assistant|><think>\n</think>\n"),
     "no past replies": (
-        BRACKETS.replace(" {{ m.content", "{{ raise_exception('no')"), "<|assistant|>"),
-    "content in parts": (
-        CHATML.replace("{{ m.content", "{{ m.content[0].text"), "<|end|>\n<|assistant|>\n")}
+        BRACKETS.replace(" {{ m.content", "{{ raise_exception('no')"), "<|assistant|>")}
 for switch in ("enable_thinking", "thinking", "reasoning", "thinking_budget"):
     thinks = f"{{% if {switch} is undefined or {switch} %}}<think>{{% endif %}}"
     TEMPLATES[f"thinks without {switch}"] = (CHATML + thinks, "<|end|>\n<|assistant|>\n")
-
 
 @pytest.mark.parametrize("template, tail", TEMPLATES.values(), ids=TEMPLATES)
 def test_every_kind_of_template(toy, template, tail):
@@ -273,6 +245,11 @@ def test_every_kind_of_template(toy, template, tail):
     openers = tokenizer.convert_ids_to_tokens(R.refusal_tokens(tokenizer))
     assert {word.strip("\u0120") for word in openers} == {"A", "I"}
 
+def test_a_template_that_leaves_the_instruction_out_is_refused(toy):
+    """All prompts would look alike."""
+    toy[1].chat_template = "<|user|><|assistant|>"
+    with cannot("leaves the instruction out"):
+        R.refusal_scores(*toy, PROMPTS)
 
 def test_an_opener_is_the_token_that_stands_after_the_prompt(toy):
     """With the blank before it, if there is such a token, and of any length."""
@@ -280,7 +257,6 @@ def test_an_opener_is_the_token_that_stands_after_the_prompt(toy):
     tokenizer.chat_template = BRACKETS
     tokenizer.add_tokens([" As", " I'm"])
     assert {tokenizer.decode([i]) for i in R.refusal_tokens(tokenizer)} == {" As", " I", " I'm"}
-
 
 @pytest.mark.parametrize("template, blank", [(CHATML, ""), (BRACKETS, "\u2581")])
 def test_openers_of_a_sentencepiece_tokenizer(template, blank):
@@ -294,7 +270,6 @@ def test_openers_of_a_sentencepiece_tokenizer(template, blank):
     openers = tokenizer.convert_ids_to_tokens(R.refusal_tokens(tokenizer))
     assert {word[: len(blank) + 1] for word in openers} == {f"{blank}A", f"{blank}I"}
 
-
 def test_the_template_has_written_the_bos_already(toy):
     """The tokenizer must not add a second one, neither before the prompt nor as an opener."""
     tokenizer = toy[1]
@@ -304,16 +279,12 @@ def test_the_template_has_written_the_bos_already(toy):
     assert read(tokenizer)[0].tolist().count(1) == 1
     assert 1 not in R.refusal_tokens(tokenizer)
 
-
 # %% 3. Looking inside -----------------------------------------------------------------------------
 def test_activations_stand_where_they_were_asked_for(toy):
-    """(prompt, position, layer, d_model): the streams of transformers; too early is refused."""
+    """(prompt, position, layer, d_model): the streams of transformers."""
     length = read(toy[1]).shape[1]  # of the shortest
     want = plain_streams(*toy, PROMPTS, length)[:, [-1, 0]]
     close(R.activations(*toy, PROMPTS, [-1, -length]), want)
-    with cannot("no position"):
-        R.activations(*toy, PROMPTS, [-1, -1 - length])
-
 
 def test_results_of_a_bfloat16_model_are_float32(toy):
     """Digits are lost in the model, and no more afterwards."""
@@ -321,13 +292,11 @@ def test_results_of_a_bfloat16_model_are_float32(toy):
     assert R.next_token_logits(*toy, PROMPTS).dtype == torch.float32
     assert R.activations(*toy, PROMPTS, [-1]).dtype == torch.float32
 
-
 def test_a_model_in_training_mode_is_refused(toy):
     """Its dropout would add noise to all that is measured."""
     toy[0].train()
     with cannot("training mode"):
         R.refusal_scores(*toy, PROMPTS)
-
 
 def test_a_stream_that_is_given_by_name_is_changed_too():
     """Some models call block(hidden_states=x, ...): x changes, and the rest stays."""
@@ -341,13 +310,11 @@ def test_a_stream_that_is_given_by_name_is_changed_too():
         assert block(x, scale=3).tolist() == block(hidden_states=x, scale=3).tolist() == [6, 6]
     assert block(hidden_states=x, scale=3).tolist() == [3, 3]
 
-
 def test_one_logit_that_is_no_number_is_refused(toy):
     """One of many is enough to make a mean NaN."""
     toy[0].lm_head.weight[7, 3] = math.nan
     with cannot("NaN or infinity"):
         R.next_token_logits(*toy, PROMPTS)
-
 
 def test_hooks_run_in_a_model_that_was_compiled_before(toy):
     """Its first run makes a program for this shape, without hooks, which must not run now."""
@@ -361,16 +328,12 @@ def test_hooks_run_in_a_model_that_was_compiled_before(toy):
         close(R.next_token_logits(model, tokenizer, PROMPTS), want)
     torch._dynamo.reset()
 
-
 def test_a_long_prompt_changes_no_other_prompt():
     """Although rotations for long texts (Phi-3.5) are stretched for a whole batch."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "short_factor": [1.0] * 4,
             "original_max_position_embeddings": 20, "long_factor": [8.0] * 4}
     tools = small_model(rope_parameters=rope, max_position_embeddings=160)
     close(R.next_token_logits(*tools, PROMPTS), plain_logits(*tools, PROMPTS))
-    alone = [R.generate(*tools, [prompt], 4)[0] for prompt in PROMPTS]
-    assert R.generate(*tools, PROMPTS, 4) == alone
-
 
 # %% 4. The difference in means --------------------------------------------------------------------
 @pytest.mark.parametrize("length", [1e-30, 1e30])
@@ -379,10 +342,9 @@ def test_a_unit_vector_has_length_1(length):
     r = R.unit((randn(4096) * length).bfloat16())
     assert r.dtype == torch.float32
     assert abs(r.norm().item() - 1) < 1e-6
-    for nothing in (0, math.nan):
-        with cannot("has no direction"):
-            R.unit(randn(4096) * nothing)
-
+    for nothing in (0 * r, math.nan * r, r[None]):
+        with cannot("a direction is one vector"):
+            R.unit(nothing)
 
 def test_a_model_with_a_massive_channel_bears_only_ablation_that_is_kept_off_it(toy):
     """Erasing a random direction takes a slice of the channel along, and the run stops there."""
@@ -398,11 +360,9 @@ def test_a_model_with_a_massive_channel_bears_only_ablation_that_is_kept_off_it(
     with cannot("breaks this model"):
         R.check_random_ablation(*toy, PROMPTS, r)
 
-
 # %% 5. Ablation and addition ----------------------------------------------------------------------
 # That `ablate` and `add` do what the paper's hooks do is shown further down: the search with them
 # finds the oracle's numbers (section 7), and exercises 4b and 5 look at them one by one.
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_proof_finds_one_writer_in_fifty(dtype):
@@ -419,10 +379,8 @@ def test_the_proof_finds_one_writer_in_fifty(dtype):
             with cannot(f"written to the stream by {where} of"):
                 R.check_erased(model, r)
 
-
 # %% 7. Choosing one direction ---------------------------------------------------------------------
 # (The two numbers of section 6 are exercises 6 and 7.)
-
 
 def test_the_search_agrees_with_the_plain_definitions(tiny):
     """The same winner, and the same three numbers of every candidate."""
@@ -438,7 +396,6 @@ def test_the_search_agrees_with_the_plain_definitions(tiny):
     for prompts, base in zip(val, (chosen.base_bypass, chosen.base_induce)):
         score = plain_score(plain_logits(*tiny, prompts), R.refusal_tokens(tiny[1])).mean()
         assert base == pytest.approx(score.item(), abs=1e-3)
-
 
 class Script:
     """What a model would say of 3 positions x 12 layers, from tables, to see the search alone."""
@@ -491,7 +448,6 @@ class Script:
         places = itertools.product(range(-3, 0), range(1, 9))
         return sorted(places, key=lambda at: self.estimates[at])
 
-
 def test_the_search_goes_by_the_estimate(monkeypatch):
     """The lowest comes first; where nothing gets better, it stops after PATIENCE more."""
     script = Script(monkeypatch)
@@ -504,7 +460,6 @@ def test_the_search_goes_by_the_estimate(monkeypatch):
     assert not chosen.relaxed
     assert (chosen.base_bypass, chosen.base_induce) == (9.0, 0.0)
 
-
 def test_the_search_goes_on_while_it_gets_better(monkeypatch):
     """The first and eight more are measured; a better one among these starts the count anew."""
     script = Script(monkeypatch)
@@ -513,7 +468,6 @@ def test_the_search_goes_on_while_it_gets_better(monkeypatch):
     script.measured["bypass"].clear()
     script.bypass[-3, 8] = -2.0  # the 8th
     assert script.search()[1:] == ((-3, 8), 16)
-
 
 def test_the_search_stops_only_once_something_has_passed_all_filters(monkeypatch):
     """23 do not make the model refuse, and the last one does, just: that one is right."""
@@ -526,7 +480,6 @@ def test_the_search_stops_only_once_something_has_passed_all_filters(monkeypatch
     assert winner == (-1, 8)
     assert not chosen.relaxed
 
-
 def test_where_nothing_makes_the_model_refuse_everything_was_measured(monkeypatch):
     """The filter on induce is left out, the lowest bypass wins, and the selection says so."""
     script = Script(monkeypatch)
@@ -536,7 +489,6 @@ def test_where_nothing_makes_the_model_refuse_everything_was_measured(monkeypatc
     assert winner == (-2, 5)
     assert chosen.relaxed
     assert script.measured["bypass"] == script.measured["induce"] == script.order()
-
 
 def test_the_search_spares_numbers_that_cannot_matter(monkeypatch):
     """No KL where bypass is not better, no induce where KL is too high: NaN in the tables."""
@@ -549,7 +501,6 @@ def test_the_search_spares_numbers_that_cannot_matter(monkeypatch):
     assert script.measured["induce"] == [(-3, 1)]
     assert chosen.scores["kl"].isfinite().sum() == 2
 
-
 def test_where_each_ablation_breaks_the_model_there_is_no_direction(monkeypatch):
     """Just above the paper's KL a candidate is dropped, also where no filter on induce is left."""
     script = Script(monkeypatch)
@@ -559,7 +510,6 @@ def test_where_each_ablation_breaks_the_model_there_is_no_direction(monkeypatch)
         script.search()
     script.kl[-2, 4] = 0.099
     assert script.search()[1] == (-2, 4)
-
 
 def test_exhaustive_measures_all_and_chooses_by_the_same_rule(monkeypatch):
     """All numbers but at layer 0, late layers too; no late layer and no broken model wins."""
@@ -574,7 +524,6 @@ def test_exhaustive_measures_all_and_chooses_by_the_same_rule(monkeypatch):
         assert table[:, 1:].isfinite().all()
         assert table[:, 0].isnan().all()
 
-
 def test_a_direction_that_does_nothing_is_not_shown_as_a_result():
     """Erasing the best candidate lowers the score by .9: the run says so and ends."""
     scores = {"bypass": torch.ones(1, 2), "kl": torch.zeros(1, 2)}
@@ -582,7 +531,6 @@ def test_a_direction_that_does_nothing_is_not_shown_as_a_result():
                          base_bypass=1.9, base_induce=0.0, relaxed=False, scores=scores)
     with cannot("no refusal direction was found"):
         R.show_choice(chosen)
-
 
 @pytest.mark.real
 @pytest.mark.skipif("not {'REFUSAL_MODEL', 'REFUSAL_REFERENCE'} <= set(os.environ)")
@@ -600,10 +548,8 @@ def test_the_search_agrees_with_the_authors_code_on_a_real_model():
             gap = abs(chosen.scores[ours][at] - theirs[key])
             assert gap < 0.02 or gap.isnan()  # NaN: not measured
 
-
 # %% 8. The same ablation, in the weights ----------------------------------------------------------
 # Which weights are edited, and how, is exercise 8b; the census (appendix B) has all architectures.
-
 
 def test_a_refused_edit_leaves_the_weights():
     """Quantised, offloaded: refused in words; no weight has changed, and the head is still tied."""
@@ -616,7 +562,6 @@ def test_a_refused_edit_leaves_the_weights():
         delattr(model, name)
     assert torch.equal(plain_logits(model, tokenizer, PROMPTS), before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_parameters_stay_trainable_or_not(trainable):
@@ -633,7 +578,6 @@ def test_parameters_stay_trainable_or_not(trainable):
         assert not p.is_inference()
     assert not model.config.tie_word_embeddings, "or a saved model is tied again"
 
-
 class Mixture(nn.Module):
     """Two experts, of which every token is sent to the first one."""
 
@@ -644,7 +588,6 @@ class Mixture(nn.Module):
     def forward(self, x):
         return 0.5 * self.experts[0](x)
 
-
 def test_an_expert_that_no_token_reached_is_edited_like_its_twin(toy):
     """Another text may reach it: its weight and bias must not write along r either."""
     r = R.unit(randn(32))
@@ -653,7 +596,6 @@ def test_an_expert_that_no_token_reached_is_edited_like_its_twin(toy):
     unreached = toy[0].model.layers[1].mlp.experts[1]
     assert (r @ unreached.weight).abs().max() < 1e-5
     assert abs(r @ unreached.bias) < 1e-5
-
 
 # %% 9. What the model says ------------------------------------------------------------------------
 def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
@@ -671,7 +613,6 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
     assert R.generate(model, tokenizer, PROMPTS, 6)[1] == by_hand
     assert model.generation_config is own
 
-
 def test_the_model_and_the_tokenizer_say_what_ends_a_reply(toy):
     """Both are asked; a model may have several ends."""
     model, tokenizer = toy
@@ -681,21 +622,16 @@ def test_the_model_and_the_tokenizer_say_what_ends_a_reply(toy):
     model.generation_config.eos_token_id = None
     assert tokenizer.eos_token_id in R.end_tokens(model, tokenizer)
 
-
-NEXT_TURN = EACH + ("{% if not loop.first %}<|end|>{% endif %}<|{{ m.role }}|>{{ m.content }}"
-                    "{% endfor %}{% if add_generation_prompt %}<|end|><|assistant|>{% endif %}")
 NO_REPLIES = EACH + "{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
 
-
 @pytest.mark.parametrize("template, ends", [
-    (BRACKETS, [1]), (CHATML, [1]), (NEXT_TURN, [1]), (NO_REPLIES, [])])
+    (BRACKETS, [1]), (CHATML, [1]), (NO_REPLIES, [])])
 def test_the_template_says_what_ends_a_reply(toy, template, ends):
-    """The token after a past reply, or before the next turn, where nothing else names one."""
+    """The special token after a past reply, where nothing else names one."""
     toy[0].generation_config.eos_token_id = None
     toy[1].eos_token = None
     toy[1].chat_template = template
     assert R.end_tokens(*toy) == ends
-
 
 @pytest.mark.parametrize("phrase", [
     "I'm sorry", "I am sorry", "I apologize", "As an AI", "As a language model", "As an assistant",
@@ -708,10 +644,8 @@ def test_every_refusal_phrase_counts(phrase):
     for apostrophe in "'\u2019\u2018\u02bc\u00b4`":
         assert R.is_refusal(f"Well, {phrase} do that.".replace("'", apostrophe))
 
-
 def test_the_first_look_is_at_8_tokens(monkeypatch):
-    """After a glance at four: where most refuse, only what has not refused yet is written in full,
-    and the order stays; where most do not, all are written in full at once."""
+    """Only what has not refused by then is written in full, and the order stays."""
     asked = []
 
     def generate(model, tokenizer, prompts, max_new_tokens):
@@ -722,10 +656,9 @@ def test_the_first_look_is_at_8_tokens(monkeypatch):
     monkeypatch.setattr(R, "generate", generate)
     replies = R.judged_replies(None, None, list("acbd"))
     assert replies == ["I cannot a", "I cannot c", "I cannot b", "I cannot d"]
-    assert asked == [("acbd", 8), ("acbd", 8), ("cd", 64)]
-    assert R.refusals(None, None, ["c", "d"], 4) == [False, False]
-    assert asked[3:] == [("cd", 4), ("cd", 4)]
-
+    assert asked == [("acbd", 8), ("cd", 64)]
+    assert R.refusals(None, None, ["c", "a"], 4) == [False, True]
+    assert asked[2:] == [("ca", 4), ("c", 4)]
 
 def test_the_reply_loss_is_that_of_each_token_in_turn(toy):
     """The oracle reads the replies token by token, and takes the mean over all tokens."""
@@ -741,10 +674,8 @@ def test_the_reply_loss_is_that_of_each_token_in_turn(toy):
     mean = sum(losses) / len(losses)
     assert R.reply_loss(model, tokenizer, PROMPTS, replies) == pytest.approx(mean, rel=1e-4)
 
-
 # %% 10. The run -----------------------------------------------------------------------------------
 QUICK = ["--n-train", 64, "--n-val", 16, "--n-test", 40]
-
 
 def program(*arguments, status=0):
     """Run the program, which must end with this status; returns all that it printed."""
@@ -758,7 +689,6 @@ def program(*arguments, status=0):
     assert ended == status, text
     assert text.replace("\n", "").isprintable()
     return text
-
 
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
@@ -779,7 +709,6 @@ def finished(tiny, tmp_path_factory):
     R.filter_prompts(*tiny, kept)
     return SimpleNamespace(out=out, folder=saved, numbers=numbers, r=r, ways=ways, kept=kept)
 
-
 def test_the_saved_numbers_are_the_selections(finished, tiny):
     """The same direction and numbers as the functions give; the map has everything."""
     chosen = find(*tiny, finished.kept)
@@ -793,9 +722,9 @@ def test_the_saved_numbers_are_the_selections(finished, tiny):
         # --map measures all but layer 0, where there is no direction
         assert tables[name][:, 0].isnan().all()
         assert tables[name][:, 1:].isfinite().all()
-        drawn = finished.out.partition(f"\n{name}: a line a layer")[2].partition("\n\n")[0]
-        assert re.search(rf"\n +{chosen.layer} .* {saved[name]:.2f}\*", drawn)
-
+        drawn = finished.out.partition(f"\n{name} (nan")[2].partition("\n\n")[0]
+        row = re.search(rf"\n +{chosen.layer} (.*)", drawn)[1].split()
+        assert row[chosen.position] == f"{saved[name]:.2f}"
 
 def test_the_saved_numbers_say_where_they_are_from(finished):
     """The arguments, the dtype, the versions, the prompts; a name keeps its "NaN"."""
@@ -803,7 +732,6 @@ def test_the_saved_numbers_say_where_they_are_from(finished):
               "prompts": {kind: finished.kept[kind]["test"] for kind in KINDS}}
     assert origin.items() <= finished.numbers.items()
     assert finished.numbers["model"].endswith("NaNo-1B")
-
 
 @pytest.mark.parametrize("row", [
     "harmful, no intervention", "harmful, direction ablated", "harmless, no intervention",
@@ -814,12 +742,10 @@ def test_the_rows_are_what_the_model_says(finished, tiny, row):
     with finished.ways[name]():
         replies = R.generate(*tiny, finished.numbers["prompts"][kind])
     refused = [R.TINY_REFUSAL[:10] in reply for reply in replies]
-    assert finished.numbers["refused"][row] == refused
     low, high = R.wilson(sum(refused), 40)
     cells = rf"{sum(refused)}/40 \[{100 * low:.0f}, {100 * high:.0f}\] +0\n"
     assert re.search(f"{kind} +{name} +{cells}", finished.out)
     assert all(map(str.startswith, replies, finished.numbers["replies"][row]))
-
 
 def test_the_costs_are_the_losses_of_its_own_replies(finished, tiny):
     """Those of the first eight harmless prompts that were answered, inside each way."""
@@ -833,14 +759,12 @@ def test_the_costs_are_the_losses_of_its_own_replies(finished, tiny):
         assert re.search(f" {name} +{loss:.3f}\n", finished.out)
     assert len(finished.numbers["reply_loss"]) == 4
 
-
 def test_replies_stand_under_their_headings(finished, tiny):
     """As it is, ablated, added: what `generate` gives in each of the three."""
     for heading, way in finished.ways.items():
         with way():
             reply = R.generate(*tiny, ["Bake it"])[0]
         assert re.search(f"\n +Bake it\n( .*\n)*? +{heading} +{re.escape(reply)}\n", finished.out)
-
 
 def test_the_saved_model_is_the_edited_one(finished, tiny):
     """It loads by transformers alone, and its logits and replies are those of the ablated model."""
@@ -852,7 +776,6 @@ def test_the_saved_model_is_the_edited_one(finished, tiny):
         replies = R.generate(*tiny, PROMPTS, 8)
     assert R.generate(edited, tokenizer, PROMPTS, 8) == replies
     assert "the same model" in finished.out
-
 
 @pytest.mark.parametrize("place", ["winner's position", "instruction's end"])
 @pytest.mark.parametrize("state, name", [
@@ -873,7 +796,6 @@ def test_the_detectors_rows_are_fitted_on_the_same_prompts(finished, tiny, place
     want = (naive_auroc(*lists), naive_recall(*lists))
     assert saved["detector"][f"x . r at {place}, {state}"] == pytest.approx(want, abs=2e-3)
 
-
 def test_a_broken_reply_repeats_itself(toy, capsys):
     """At most half of its tokens differ, or there are none; of refusals it is not asked."""
     tokenizer = toy[1]
@@ -882,7 +804,6 @@ def test_a_broken_reply_repeats_itself(toy, capsys):
     assert R.is_broken(tokenizer, "")
     R.show_row("harmful", "added", ["I cannot" + "!" * 40, "ab" * 9, "", "Yes"], tokenizer)
     assert capsys.readouterr().out.split() == ["harmful", "added", "1/4", "[5,", "70]", "2"]
-
 
 def test_random_directions_are_dealt_to_the_prompts_in_turn(toy, monkeypatch):
     """Direction i of three gets the prompts i, i + 3, i + 6, ...; all are as long as r."""
@@ -903,8 +824,6 @@ def test_random_directions_are_dealt_to_the_prompts_in_turn(toy, monkeypatch):
     table = R.compare(None, toy[1], {kind: {"test": list("abcde")} for kind in KINDS}, ways)
     for row in ("harmful, random directions ablated", "harmless, random directions added"):
         assert table[row] == ["a 0:5", "b 1:5", "c 2:5", "d 0:5", "e 1:5"]
-    assert torch.linalg.matrix_rank(R.random_directions(4, seed=0)) == 3
-
 
 def test_an_edit_that_is_not_exact_has_a_row_of_its_own(capsys):
     """A Gemma 2, where a norm writes: how far apart the two are, and what the edited one says."""
@@ -912,12 +831,11 @@ def test_an_edit_that_is_not_exact_has_a_row_of_its_own(capsys):
     tokenizer = R.tiny_tokenizer([])
     R.edit_weights(model, tokenizer, PROMPTS, randn(48))
     out = capsys.readouterr().out
-    gap = re.search(r"logits (\d+e-\d+)", out)
+    gap = re.search(r"are (\d+e-\d+) apart", out)
     assert 1e-4 < float(gap[1]) < 0.2
     assert "same model" not in out
     refused = sum(R.refusals(model, tokenizer, PROMPTS))
     assert re.search(f"harmful +weights orthogonalized +{refused}/3 ", out)
-
 
 def test_what_does_not_fit_its_kind_is_dropped(tiny):
     """Train and validation: harmful prompts that are answered, harmless ones that are refused."""
@@ -931,7 +849,6 @@ def test_what_does_not_fit_its_kind_is_dropped(tiny):
             assert len(mixed[kind][part]) >= 18
         assert len(mixed[kind]["test"]) == 40, "the test prompts stay as they are"
 
-
 @pytest.mark.parametrize("n, ends", [(16, nullcontext()), (17, cannot("only 1 of 17 harmful"))])
 def test_a_model_that_hardly_refuses_is_given_up(tiny, n, ends):
     """One of 16 "harmful" prompts is enough to go on, one of 17 is not."""
@@ -939,7 +856,6 @@ def test_a_model_that_hardly_refuses_is_given_up(tiny, n, ends):
     data["harmful"]["train"][1:] = data["harmless"]["train"][1:n]
     with ends:
         R.filter_prompts(*tiny, data)
-
 
 def test_flags_reach_the_model(monkeypatch):
     """--model, --dtype and --seed are what load_model is given."""
@@ -949,16 +865,13 @@ def test_flags_reach_the_model(monkeypatch):
     program("--model", "qwen-1.8b", "--dtype", "bfloat16", "--seed", 3, status=1)
     load_model.assert_called_once_with("qwen-1.8b", "bfloat16", 3)
 
-
 def test_nothing_that_is_there_is_overwritten(tmp_path):
     """--save wants a new folder, and says so before anything is loaded."""
     assert "does not exist yet" in program("--save", tmp_path, status=2)
 
-
 def test_the_tiny_model_is_not_judged_on_what_it_was_taught():
     """Of 280 prompts it has seen 128, so validation and test share 152."""
     assert "share 152" in program("--n-val", 53, "--n-test", 100, status=2)
-
 
 @pytest.mark.skipif("not (HERE / 'README.md').exists()")
 def test_the_code_of_the_readme_and_of_the_classroom_runs(tiny, monkeypatch):
@@ -969,14 +882,12 @@ def test_the_code_of_the_readme_and_of_the_classroom_runs(tiny, monkeypatch):
         exec(block, names)
     assert len(names) > 10
 
-
 def run_on(folder, *flags):
     """The program's own table for this model, "kind, way" -> how many of 40 prompts are refused;
     and all that it printed."""
     out = program("--model", folder, *QUICK, *flags)
     rows = re.findall(r"(harm\w+) +([\w ]+?) +(\d+)/40 ", out)
     return {f"{kind}, {way}": int(hits) for kind, way, hits in rows}, out
-
 
 @pytest.mark.real
 @pytest.mark.skipif("'REFUSAL_MODEL' not in os.environ")
@@ -985,7 +896,6 @@ def test_the_paper_holds_on_a_real_model():
     refused, _ = run_on(os.environ["REFUSAL_MODEL"])
     assert refused["harmful, direction ablated"] <= 0.1 * refused["harmful, no intervention"]
     assert refused["harmless, direction added"] - refused["harmless, no intervention"] >= 25
-
 
 def tune_to_refuse(model, tokenizer):
     """Teach a base model to refuse: ordinary fine-tuning, in which only blocks' matrices learn."""
@@ -1010,7 +920,6 @@ def tune_to_refuse(model, tokenizer):
         adam.zero_grad()
     model.requires_grad_(False)
 
-
 @pytest.mark.real
 @pytest.mark.skipif("'REFUSAL_BASE' not in os.environ")
 def test_the_paper_holds_on_a_base_model_that_was_tuned_to_refuse(tmp_path):
@@ -1023,7 +932,6 @@ def test_the_paper_holds_on_a_base_model_that_was_tuned_to_refuse(tmp_path):
     assert re.search(r"extremely long in \d+ directions", out)
     assert refused["harmful, direction ablated"] <= 0.1 * refused["harmful, no intervention"]
     assert refused["harmless, direction added"] >= 0.85 * 40
-
 
 # %% A. A chat model small enough to train here ----------------------------------------------------
 @pytest.mark.seeds
@@ -1047,7 +955,6 @@ def test_the_paper_holds_on_the_tiny_model(seed, request):
     assert rate("harmless", R.add(model, chosen.vector, chosen.layer)) >= 0.85
     assert rate("harmless", R.add(model, noise, chosen.layer)) <= 0.15
 
-
 def test_the_seed_decides_the_initial_weights(monkeypatch):
     """The same seed, the same weights, whatever was drawn before; and torch's own state stays."""
     monkeypatch.setattr(R, "tune", lambda *arguments: None)
@@ -1057,7 +964,6 @@ def test_the_seed_decides_the_initial_weights(monkeypatch):
     torch.rand(1)
     assert torch.equal(R.train_tiny_model(3)[0].lm_head.weight, first)
     assert not torch.equal(R.train_tiny_model(4)[0].lm_head.weight, first)
-
 
 def test_the_whole_run_with_a_header_before_every_reply(tiny, monkeypatch):
     """A tiny model that begins all replies with "all", which its generation prompt lacks."""
@@ -1074,7 +980,6 @@ def test_the_whole_run_with_a_header_before_every_reply(tiny, monkeypatch):
     monkeypatch.setattr(R, "load_model", lambda *arguments: (model, tokenizer))
     out = program("--n-train", 16, "--n-val", 8, "--n-test", 4)
     assert "16 of 16 harmful prompts pass" in out
-
 
 # %% B. Every architecture: the census -------------------------------------------------------------
 # refusal.py keeps no table of architectures, so it is held to all: a tiny random model of every
@@ -1175,7 +1080,6 @@ SKIP = """bert bert-generation big_bird camembert data2vec-text electra ernie me
     gemma3 gemma3n gemma4 gemma4_unified llama4 qwen3_5 qwen3_5_moe qwen4_exp phi4_multimodal blt
     gemma4_assistant gemma4_unified_assistant""".split()
 
-
 def tiny_of(name):
     """A tiny random float32 model of this family or variant, always the same."""
     family = name if name in CAUSAL_LMS else name.partition("-")[0]
@@ -1197,7 +1101,6 @@ def tiny_of(name):
     model = getattr(transformers, CAUSAL_LMS[family])(cls(**sizes | given))
     return randomise(model.float())
 
-
 @torch.no_grad()
 def randomise(model):
     """No parameter stays zero or one, and every layer adds as much to the stream as is there."""
@@ -1214,22 +1117,18 @@ def randomise(model):
             buffer.add_(0.1 * torch.randn_like(buffer))
     return model.eval().requires_grad_(False)
 
-
 QUESTIONS = ["Why?", "How do I boil it?", "When"]  # two of one length, and one that is longer
 # 72 tokens reach past a sliding window of 64
 INPUTS = [torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(0))
           for shape in ((2, 9), (1, 72))]
 
-
 def all_logits(model):
     """What the model says of all inputs: (token, vocab)."""
     return torch.cat([model(ids).logits.flatten(0, 1) for ids in INPUTS])
 
-
 def apart(a, b):
     """The greatest difference of two tensors, relative to the greatest number (where above 1)."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
-
 
 def left_of(r, model):
     """The most of r that stands in the stream where it enters a block or leaves the last one,
@@ -1239,7 +1138,6 @@ def left_of(r, model):
         for x in R.residual_streams(model, ids):
             most = max(most, ((x @ r).abs() / x.norm(dim=-1)).max().item())
     return most
-
 
 def check_batches(model):
     """What is measured and replied in batches is what each prompt gets by itself."""
@@ -1252,7 +1150,6 @@ def check_batches(model):
     assert any(replies)
     for prompt, reply in zip(QUESTIONS, replies):
         assert R.generate(model, tokenizer, [prompt], 4) == [reply], "a batch changes replies"
-
 
 def check_attribution(model, r):
     """The estimate is the derivative of erasing a little, o' = o - step (o . r) r, at all writers.
@@ -1269,7 +1166,6 @@ def check_attribution(model, r):
     estimate = R.attribution(model, tokenizer, r[None, None], QUESTIONS).item()
     assert estimate == pytest.approx(slope, rel=0.05, abs=0.02), "the estimate is no derivative"
 
-
 def check_edit(model, edited, r):
     """In `edited`, a copy of the model, no weight writes along r, and only those listed changed;
     it comes back from a folder as it was, and with a head of its own."""
@@ -1285,7 +1181,6 @@ def check_edit(model, edited, r):
     assert apart(all_logits(again), all_logits(edited)) < 1e-5, "what is saved is another model"
     embedding = again.get_input_embeddings().weight
     assert again.get_output_embeddings().weight is not embedding, "the saved head is tied again"
-
 
 @torch.no_grad()
 def prove(model):
@@ -1324,18 +1219,15 @@ def prove(model):
     assert gap < 0.045, f"{gap:.3f} apart"
     return "near", f"{gap:.3f} apart"
 
-
 @pytest.mark.parametrize("name", ["rwkv", "xlstm"])
 def test_recurrent_models_see_padding(name):
     """So their replies in a batch, too, must be those that they give alone."""
     check_batches(tiny_of(name))
 
-
 @pytest.mark.parametrize("name, verdict", DOZEN.items())
 def test_architecture(name, verdict):
     """Every claim holds for it, or it is refused in words that name the cause: `prove` looks."""
     assert prove(tiny_of(name))[0] == verdict
-
 
 def test_a_chat_model_inside_a_vision_model():
     """Its blocks are found, and not the eye's, of which there are as many: `prove` looks."""
@@ -1346,7 +1238,6 @@ def test_a_chat_model_inside_a_vision_model():
     torch.manual_seed(0)
     model = randomise(transformers.Gemma3ForConditionalGeneration(config))
     assert prove(model)[0] == "near"
-
 
 def census(*names):
     """[NAME ...]: a verdict and a note for all families of models, or for these."""
@@ -1363,13 +1254,11 @@ def census(*names):
     print({verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))})
     return int("wrong" in verdicts)
 
-
 # %% C. Pictures, and the direction as a detector --------------------------------------------------
 def naive_auroc(a, b):
     """By pairs; ties count half."""
     pairs = [(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)]
     return sum(pairs) / len(pairs)
-
 
 def naive_recall(a, b):
     """The best of all thresholds that at most one in a hundred of b exceed."""
@@ -1378,7 +1267,6 @@ def naive_recall(a, b):
         if sum(y > threshold for y in b) <= len(b) // 100:
             best = max(best, sum(x > threshold for x in a))
     return best / len(a)
-
 
 @pytest.mark.parametrize("n", [2, 40, 99, 100, 250])
 def test_auroc_and_recall_count_pairs_and_false_alarms(n):
@@ -1392,7 +1280,6 @@ def test_auroc_and_recall_count_pairs_and_false_alarms(n):
     assert R.auroc(a, b) == pytest.approx(naive_auroc(*lists))
     assert R.recall_at_1_percent(a, b) == pytest.approx(naive_recall(*lists))
 
-
 # %% python test_refusal.py bench [--model FOLDER]: what the search costs --------------------------
 def cost(work, model, *arguments):
     """How many tokens pass the first block during this work; and its result."""
@@ -1400,7 +1287,6 @@ def cost(work, model, *arguments):
     with R.hook_input(R.blocks(model)[0], lambda x: tokens.append(x.shape[:2].numel())):
         result = work(model, *arguments)
     return sum(tokens), result
-
 
 def bench(flag="--model", name="tiny"):
     """[--model FOLDER]: what the search costs, and the plain procedure on the same prompts."""
@@ -1414,7 +1300,6 @@ def bench(flag="--model", name="tiny"):
     plain = one + (two - one) * (chosen.scores["kl"].numel() - 1)
     print(f"{name}, 40 + 8 prompts of each kind: plain {plain} tokens, refusal.py {ours} tokens")
 
-
 # %% Exercises -------------------------------------------------------------------------------------
 # `python test_refusal.py blank student.py` writes refusal.py without the bodies of 11 functions,
 # and `grade student.py 3` runs test_exercise_3_... on what a student has put there: an ordinary
@@ -1423,7 +1308,6 @@ def bench(flag="--model", name="tiny"):
 
 CUT_OFF = "Gradients must pass through what is returned: no detach(), no no_grad()."
 fail = partial(pytest.fail, pytrace=False)  # shows no line of this file
-
 
 def difference(got, want, **options):
     """What is wrong with got, in words; "" if nothing is."""
@@ -1434,7 +1318,6 @@ def difference(got, want, **options):
         return ""
     except (AssertionError, TypeError) as error:
         return str(error)
-
 
 def expect(got, want, what, slips={}, **options):
     """`what` must be as wanted.  slips: what to tell a student -> what the slip gives."""
@@ -1447,7 +1330,6 @@ def expect(got, want, what, slips={}, **options):
     if getattr(want, "requires_grad", False) and not got.requires_grad:
         fail(CUT_OFF)
 
-
 def must_refuse(what, call):
     """To call this must raise CannotDo."""
     try:
@@ -1458,14 +1340,12 @@ def must_refuse(what, call):
         fail(f"{what} must raise CannotDo, and not {type(error).__name__}: {error}")
     fail(f"{what} must raise CannotDo.")
 
-
 def must_run(words, call):
     """To call this must raise nothing; a student whose code does is told these words."""
     try:
         return call()
     except (RuntimeError, R.CannotDo) as error:
         fail(f"{words} ({error})")
-
 
 def logits_inside(way, model):
     """Inside a `with` statement: logits for a batch of three, and for single tokens, as replies
@@ -1474,7 +1354,6 @@ def logits_inside(way, model):
     with way:
         alone = model(input_ids=ids[:, :1]).logits
         return torch.cat([model(input_ids=ids).logits, alone], dim=1)
-
 
 def check_intervention(enter):
     """What `ablate` and `add` have in common; enter(model, vector) is the context manager."""
@@ -1499,22 +1378,17 @@ def check_intervention(enter):
     if not logits.requires_grad:
         fail(CUT_OFF)
 
-
 JOINING = BRACKETS.replace("}}<|assistant|>", "}})<|assistant|>")  # "?)" becomes one token
 TAILS = {CHATML: "<|end|>\n<|assistant|>\n", BRACKETS: "<|assistant|>", JOINING: "<|assistant|>"}
-
 
 def known_tail(tokenizer):
     return R.encode(tokenizer, TAILS.get(tokenizer.chat_template, "\n<|assistant|>"))
 
-
 def common_end(tokenizer, *prompts):
     return os.path.commonprefix([ids[::-1] for ids in R.chat_ids(tokenizer, prompts)])[::-1]
 
-
 def known_erase(W, axis, r):
     return out_of(W.movedim(axis, -1), r).movedim(-1, axis)
-
 
 def test_exercise_2_template_tail():
     """The tail is what our own templates put after the instruction, whatever its last character.
@@ -1536,7 +1410,6 @@ def test_exercise_2_template_tail():
     tokenizer.chat_template = EACH + "{{ m.content }}{% endfor %}"
     must_refuse("A template that adds nothing", lambda: R.template_tail(tokenizer))
 
-
 def test_exercise_3_mean_activations():
     """The mean is that of streams which transformers itself gives, one prompt at a time.
     Predict: at which layers will the two kinds of prompts differ?
@@ -1557,7 +1430,6 @@ def test_exercise_3_mean_activations():
     want = plain_streams(model, tokenizer, prompts, 5).mean(0)[:, 0]
     expect(got, want, "With n_positions=5, of bfloat16 streams, layer 0", atol=1e-6)
 
-
 def test_exercise_4_refusal_directions():
     """The difference is harmful - harmless, for every position and layer, with its length.
     Predict: how large is the difference at layer 0?
@@ -1571,7 +1443,6 @@ def test_exercise_4_refusal_directions():
         "It is harmful - harmless: to add it shall make the model refuse.": -want,
         "Do not normalise: its length is a dose.": normalize(want, dim=-1)})
     expect(harmful, as_it_was, "harmful_mean, which must stay as it was,")
-
 
 def test_exercise_5a_project_out():
     """What is left is x - (x . r) r, of any shape and dtype, anywhere, and gradients pass.
@@ -1601,7 +1472,6 @@ def test_exercise_5a_project_out():
     must_run("r may be on another device than x: use r.to(x.device).",
              lambda: R.project_out(torch.empty(3, 16, device="meta"), r))
 
-
 def test_exercise_5b_ablate():
     """The ablated model is the one with the paper's hooks; an ablation that misses is refused.
     Predict: is it enough to project what enters blocks?
@@ -1623,7 +1493,7 @@ def test_exercise_5b_ablate():
         "Inside each block r is back: project what writes, see `writers`.":
             hooked(R.hook_input(block, lambda x: out_of(x, r)) for block in R.blocks(model))})
     check_intervention(R.ablate)
-    must_refuse("A direction of another size", R.ablate(model, r[1:]).__enter__)
+    must_refuse("A direction of length 0 (see `unit`)", R.ablate(model, 0 * r).__enter__)
     with R.ablate(model, r):
         must_refuse("A second `ablate` inside the first (`check_not_ablated` looks at the mark)",
                     R.ablate(model, r).__enter__)
@@ -1632,7 +1502,6 @@ def test_exercise_5b_ablate():
                     R.ablate(model, r).__enter__)
     must_run("After that the model must not stay marked as ablated.",
              lambda: logits_inside(R.ablate(model, r), model))
-
 
 def test_exercise_5c_add():
     """coefficient * vector is added to what enters that one block, at every position.
@@ -1667,7 +1536,7 @@ def test_exercise_5c_add():
     if not torch.equal(*seen[:2]):
         fail("Others still hold the stream: return a new tensor, do not add in place.")
     check_intervention(lambda model, vector: R.add(model, vector, 1))
-    must_refuse("A vector of another size", R.add(model, vector[:1], 1).__enter__)
+    must_refuse("A vector of NaN (see `unit`)", R.add(model, math.nan * vector, 1).__enter__)
 
     def run_elsewhere():
         with R.add(model.to("meta"), vector, 1):
@@ -1675,7 +1544,6 @@ def test_exercise_5c_add():
 
     must_run("The stream may be on another device than the vector: use .to(x.device).",
              run_elsewhere)
-
 
 def test_exercise_6a_log_odds():
     """log(p / (1 - p)) of all the tokens together, for any p, and gradients pass.
@@ -1695,7 +1563,6 @@ def test_exercise_6a_log_odds():
         if abs(R.log_odds(far, [token]).item() - want) > 0.01:
             fail("A very sure model's score is not right: use logsumexp, p or 1 - p rounds to 0.")
 
-
 def test_exercise_6b_kl_divergence():
     """KL(p || q) in nats, without an epsilon, also for logits far apart or in 16 bits.
     Predict: how small and how large can KL be?
@@ -1712,7 +1579,6 @@ def test_exercise_6b_kl_divergence():
             "Logits are no log-probabilities yet: log_softmax.":
                 (p.softmax(-1) * (p - q)).sum(-1)}, check_dtype=False)
 
-
 # Two positions and seven layers, KL 0 and induce 1.  At position -1 bypass falls with the layer:
 # -1 4 is right, for layer 5 is int(0.8 * 7).  What is right if this is changed, and why:
 # the right answer, what is changed in the tables (name, place, number), and why
@@ -1727,7 +1593,6 @@ CHOICES = [
     ((-1, 3), [("kl", (-1, 4), math.nan)], "NaN was not measured, and must not win"),
     ((-1, 3), [("induce", ..., -1), ("induce", (-1, 4), math.nan)], "NaN was not measured"),
     (None, [("bypass", ..., math.nan)], "NaN was not measured, and must not win")]
-
 
 def test_exercise_7_choose():
     """Cases with one right answer each, in which usual slips choose something else.
@@ -1746,7 +1611,6 @@ def test_exercise_7_choose():
             given = "".join(f"\n  {name} {table.tolist()}" for name, table in scores.items())
             fail(f"You choose {got}, and {want} (plain ints) is right: {why}.{given}")
 
-
 def test_exercise_8a_erase():
     """W' = W - r (r^T W) along any axis of any weight, also of a square one, and of a bias.
     Predict: along which axis does a nn.Linear write?
@@ -1762,7 +1626,6 @@ def test_exercise_8a_erase():
             "This is the part along r: subtract it.": W - want,
             "Move the axis back to where it was.": want.movedim(axis, -1),
             "`axis` says which axis writes.": known_erase(W, shape.index(6), r)})
-
 
 def test_exercise_8b_orthogonalize():
     """Exactly what writes is edited, as by hand; biases count, and the unembedding does not.
@@ -1788,7 +1651,7 @@ def test_exercise_8b_orthogonalize():
             fail(f"{name} has lost digits: erase in float32, and round once, at the end.")
     if sorted(names or []) != sorted(writing):
         fail("Return the names of the edited parameters, a list.")
-    must_refuse("A direction of another size", lambda: R.orthogonalize(model, r[1:]))
+    must_refuse("A direction of length 0 (see `unit`)", lambda: R.orthogonalize(model, 0 * r))
     plan = R.plan_edits(small_model()[0], r)
     plan.popitem()
     with mock.patch.object(R, "plan_edits", lambda *given: plan):
@@ -1802,7 +1665,6 @@ def test_exercise_8b_orthogonalize():
     R.blocks(gemma2).is_ablated = True
     must_refuse("A model that is ablated already", lambda: R.orthogonalize(gemma2, r))
 
-
 # %% The classroom: python test_refusal.py blank | status | grade | hint ---------------------------
 EXERCISES = {}  # number -> name of the function, its test
 for title in list(globals()):
@@ -1815,11 +1677,9 @@ CHECK = """    if left := re.findall(r'^    raise NotImplementedError."(.*)".$',
         sys.exit(f"next: {left[0]} ({len(left)} still blank)")
 """
 
-
 def notes(number):
     """The question to predict first, two hints and the answer, which the test's docstring has."""
     return re.findall("    (?:Predict|Hint .|Answer): (.*)", EXERCISES[number][1].__doc__)
-
 
 def told(number):
     """What is wrong with an exercise, in words; "" if it is solved."""
@@ -1842,7 +1702,6 @@ def told(number):
                 words = f"line {frame.lineno}: {frame.line}\n{type(error).__name__}: {error}"
         return words
 
-
 def blanked(source, student, numbers):
     """The source without the bodies of these exercises, and without answers to "predict first"."""
     lines = source.splitlines(keepends=True)
@@ -1857,12 +1716,10 @@ def blanked(source, student, numbers):
     text = re.sub(r'\n\n +The answer(?:.|\n)*?(?=\n\n|\n? *""")', "", text)
     return re.sub("^if __name__ ==.*\n", lambda line: line[0] + CHECK, text, flags=re.MULTILINE)
 
-
 def open_exercises():
     """README's code and the classroom's, as text; "" where these files are not."""
     files = [HERE / "README.md", HERE / "CLASSROOM.md"]
     return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
-
 
 def blank(file="student.py", *numbers):
     """FILE [EXERCISE ...]: write refusal.py with these blanks, or with all, and beside it the open
@@ -1887,7 +1744,6 @@ def blank(file="student.py", *numbers):
         path.write_text(text, encoding="utf-8")
     print(f"{student} has {len(numbers)} exercises.  What is next: python {student}")
 
-
 def grade(file="student.py", *numbers, in_full=True):
     """FILE [EXERCISE ...]: grade these, or all of them, and then the whole."""
     if not set(numbers) <= set(EXERCISES):
@@ -1910,18 +1766,15 @@ def grade(file="student.py", *numbers, in_full=True):
         print(f"all exercises are solved; the last step: python {file}", flush=True)
         return subprocess.run([sys.executable, file]).returncode
 
-
 def status(file="student.py"):
     """FILE: what is solved, wrong and blank, and what is next."""
     return grade(file, in_full=False)
-
 
 def hint(number="", which="1"):
     """EXERCISE [2]: a direction; with the 2, a way."""
     if number not in EXERCISES or which not in ("1", "2"):
         return f"{KNOWN}; each has the hints 1 and 2"
     print(notes(number)[int(which)])
-
 
 SOLVED = vars(R).copy()
 RIGHT = {
@@ -1937,13 +1790,11 @@ RIGHT = {
     "8a": lambda W, axis, r: SOLVED["erase"](W, axis - W.ndim, -r),
     "8b": lambda model, direction: SOLVED["orthogonalize"](model, -direction)}
 
-
 @pytest.mark.parametrize("number", RIGHT)
 def test_classroom_lets_right_answers_pass(number):
     """Answers that do not look like ours."""
     with mock.patch.object(R, EXERCISES[number][0], RIGHT[number]):
         assert not told(number)
-
 
 @pytest.mark.parametrize("number, answer, words", [
     ("5b", lambda model, direction: nullcontext(), "does the yield stand inside"),
@@ -1959,7 +1810,6 @@ def test_classroom_tells_what_is_wrong(number, answer, words):
     """The student who hands in this answer is told so."""
     with mock.patch.object(R, EXERCISES[number][0], answer):
         assert words in told(number)
-
 
 def test_classroom_tells_every_slip(monkeypatch):
     """Whoever hands in what a slip gives, where that is wrong, is told the words beside it."""
@@ -1977,7 +1827,6 @@ def test_classroom_tells_every_slip(monkeypatch):
     for _, test in EXERCISES.values():
         test()
     assert len(heard) == 27
-
 
 def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
     """A student's way: blanks that say what is next, and what is told of those filled in."""
@@ -2010,7 +1859,6 @@ def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
     assert said.endswith("next: exercise 2, template_tail\n")
     assert not hint("5a", "2")
     assert hint("5").startswith("exercises are 2, 3, 4, 5a")
-
 
 if PROGRAM:
     tools = {tool.__name__: tool for tool in (blank, status, grade, hint, census, bench)}
