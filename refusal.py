@@ -10,7 +10,8 @@ and you have an ordinary model that cannot refuse.
     python refusal.py --help                # all options
 
 Read sections 1 to 9 from the top, then section 10 at the end of the file.  Each section says what
-comes and why, and then shows it in a few short functions.  "Pause" asks you to guess first.
+comes and why, and then shows it in a few short functions.  "Pause" asks you to guess first, and
+"Deviation" marks what the paper does in another way.
 
     1 the model               paper section 2.2      6 two numbers       paper appendix B
     2 the prompts             paper section 2.2      7 choosing          paper 2.3, appendix C
@@ -32,20 +33,19 @@ reads the vector and adds to it.  At the end the vector is turned into the next 
 
 The modules marked * are the *writers*: whatever is in the stream, one of them has put it there.
 `layer` l is a place in the stream: what enters block l, the paper's x^(l).  A model with L blocks
-has layers 0 .. L-1.  Functions that read the stream give xL, too, which leaves the last block:
-L + 1 entries.  Other names of axes:
+has layers 0 .. L-1.  Where functions also give xL, which leaves the last block and enters none,
+there are L + 1 entries.  Other names of axes:
 
     prompt      which prompt of a list
     batch       which prompt of those that run together
     seq         which token, counted from the start
     position    which token, counted from the end: -1 is the last token of the prompt
     d_model     which coordinate of the residual stream
-    candidate   which pair of position and layer: each pair gives one candidate direction
     vocab       which possible next token
 """
 
 import argparse, inspect, json, math, os, random, re, sys, time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -65,7 +65,8 @@ class CannotDo(ValueError):
 
 @contextmanager
 def in_one_sentence(what):
-    """Turn whatever is raised inside the `with` statement into a CannotDo that quotes it."""
+    """For loading, reading and saving: whatever is raised inside the `with` statement becomes a
+    CannotDo that quotes it."""
     try:
         yield
     except CannotDo:
@@ -80,7 +81,7 @@ def in_one_sentence(what):
 
 MODELS = {  # alias -> hub id
     "tiny": "trained on the spot",
-    "qwen-1.8b": "Qwen/Qwen1.5-1.8B-Chat",  # the paper's Qwen-1.8B-Chat needs code from the hub
+    "qwen-1.8b": "Qwen/Qwen1.5-1.8B-Chat",  # in place of the paper's, which needs code of its own
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "gemma-2b": "google/gemma-2b-it",
@@ -105,8 +106,7 @@ def load_model(name, dtype="auto", seed=0):
         model, tokenizer = train_tiny_model(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
     path = MODELS.get(name, name)
-    with in_one_sentence(f"{name} cannot be loaded (a local folder or hub id of a chat model is "
-                         "needed; code that comes with a model is never run)"):
+    with in_one_sentence(f"{name} cannot be loaded as a chat model"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # fail early if there is no chat template
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
@@ -127,53 +127,11 @@ def load_model(name, dtype="auto", seed=0):
 #
 # The tail is the same for every instruction.  There the model has read everything and has said
 # nothing yet, so this is where we shall look for its decision to refuse.
+#
+# `read_data` (appendix C) reads the files and splits each of them, always in the same way, into
+# prompts to find directions with (train), to choose one (validation) and to judge it (test).
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
-
-def load_prompts(path):
-    """The instructions in a text file, one a line, each once.  Raises CannotDo if it has none."""
-    with in_one_sentence(f"cannot read the prompts in {path}"):
-        text = Path(path).read_text(encoding="utf-8-sig")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise CannotDo(f"{path} is empty: write plain text, one instruction a line.")
-    return list(dict.fromkeys(lines))
-
-def split(prompts, n_train, n_val, n_test):
-    """Three disjoint lists (train, validation, test), always the same for the same prompts.
-
-    Raises CannotDo if there are too few.
-
-    >>> split(list("abcdefgh"), 4, 1, 3)
-    (['e', 'b', 'f', 'c'], ['a'], ['d', 'h', 'g'])
-    """
-    if min(n_train, n_val, n_test) < 1 or n_train + n_val + n_test > len(prompts):
-        raise CannotDo(f"{n_train} + {n_val} + {n_test} prompts, each at least 1, cannot be taken "
-                       f"from {len(prompts)} lines.")
-    # the files go from one kind of harm to the next: mix the kinds
-    order = list(prompts)
-    random.Random(0).shuffle(order)
-    # validation and test are taken from the end, so that n_train does not move them
-    test_start = len(order) - n_test
-    return order[:n_train], order[test_start - n_val : test_start], order[test_start:]
-
-# Models that can think before they reply are asked not to.  Templates have many names for that.
-NO_THOUGHTS = {"enable_thinking": False, "thinking": False, "reasoning": False,
-               "thinking_budget": 0}
-
-def render(tokenizer, *turns):
-    """The chat as text.  turns: what the user says, the assistant, the user, and so on.  With one
-    turn, the text ends where the assistant's reply begins.  Raises CannotDo."""
-    messages = []
-    for i, text in enumerate(turns):
-        role = "user" if i % 2 == 0 else "assistant"
-        messages.append({"role": role, "content": text})
-    with in_one_sentence("the chat template cannot be used"):
-        chat = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=len(turns) == 1, **NO_THOUGHTS)
-    if turns[0].strip() not in chat:
-        raise CannotDo("the chat template leaves the instruction out.")
-    return chat
 
 def encode(tokenizer, text):
     """Text -> token ids, a list.  Subtle: the template has written the BOS token that Llama-3 and
@@ -182,20 +140,18 @@ def encode(tokenizer, text):
 
 def chat_ids(tokenizer, prompts):
     """Instructions -> chats that wait for a reply: a list of token ids for each.  Raises CannotDo
-    for one string.  (The name of a special token in an instruction is read as that token.)"""
-    # a string would be taken apart into letters
+    for one string."""
+    # it would be taken apart into letters
     if isinstance(prompts, str):
         raise CannotDo("prompts must be a list of instructions, and not one text.")
-    # some models begin every reply with the same words, such as "<think></think>".  They belong to
-    # the prompt, so that the reply begins with its first real word.  Mostly the header is "".
-    header, _ = reply_header(tokenizer)
-    return [encode(tokenizer, render(tokenizer, prompt) + header) for prompt in prompts]
+    # chat_text (appendix B) gives the drawing's line above, up to where the reply begins
+    return [encode(tokenizer, chat_text(tokenizer, prompt)) for prompt in prompts]
 
 def template_tail(tokenizer):
     """The token ids that follow every instruction, a list.  Raises CannotDo if there are none.
 
     >>> tokenizer = tiny_tokenizer(["Hi"])  # template: <|user|> instruction newline <|assistant|>
-    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # it writes a newline as \u010a
+    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # \u010a stands for the newline
     ['\u010a', '<|assistant|>']
     """
     # the tail is what these chats have in common at their end.  The instructions end on characters
@@ -224,16 +180,12 @@ def template_tail(tokenizer):
 #
 # Pause: how large will the difference of the two averages be at layer 0?  (Section 4 answers.)
 
-def text_config(model):
-    """The part of the model's configuration that is about text (some models see images, too)."""
-    return model.config.get_text_config(decoder=True)
-
 def blocks(model):
     """The model's blocks, in order: the first nn.ModuleList that has an entry for each layer."""
-    n_layers = text_config(model).num_hidden_layers
-    # in some models the blocks are not inside the decoder
+    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    # look into the decoder first; some models have their blocks beside it
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
-        # (a set: no block may stand in the list twice)
+        # (a set, because a block that stands in the list twice would be counted twice)
         if isinstance(module, nn.ModuleList) and len(module) == n_layers == len(set(module)):
             return module
     raise CannotDo(f"{type(model).__name__} has no list of {n_layers} different blocks.")
@@ -246,6 +198,7 @@ def hook_input(block, change):
         x = change(args[0] if args else kwargs["hidden_states"])
         if x is None:
             return None
+        # PyTorch wants all arguments back
         if args:
             return (x, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": x}
@@ -267,14 +220,16 @@ def hook_output(module, change):
 def hooked(handles):
     """Take these hooks out when the `with` statement ends, whatever happened inside it.
 
-    handles: what hook_input and hook_output return.  A handle removes its hook when it is left as a
-    context manager.  (Hooks sit in the model: use one thread.)
+    handles: what hook_input and hook_output return.  (Hooks sit in the model: use one thread.)
     """
-    # compiled code skips hooks, so the model runs uncompiled meanwhile
-    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+    handles = list(handles)
+    try:
+        # compiled code skips hooks, so the model runs uncompiled meanwhile
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
         for handle in handles:
-            stack.enter_context(handle)
-        yield
+            handle.remove()
 
 def forward(model, input_ids, n_last=1):
     """One forward pass: token ids, (batch, seq), -> logits at the last n_last positions, (batch,
@@ -294,22 +249,18 @@ def forward(model, input_ids, n_last=1):
 def residual_streams(model, input_ids):
     """The residual stream at each layer: a list of L + 1 tensors, (batch, seq, d_model): what
     enters block 0, block 1, ..., and what leaves the last block.  (Subtle: this last one is not
-    transformers' hidden_states[-1], which has passed the final norm.)"""
+    the library's hidden_states[-1], which has passed the final norm.)"""
     streams = []
-
-    def read(x):
-        streams.append(x)  # and return nothing, so the stream does not change
-
     all_blocks = blocks(model)
-    handles = [hook_input(block, read) for block in all_blocks]
-    handles.append(hook_output(all_blocks[-1], read))
+    # append returns None, so the streams stay as they are
+    handles = [hook_input(block, streams.append) for block in all_blocks]
+    handles.append(hook_output(all_blocks[-1], streams.append))
     with hooked(handles):
         forward(model, input_ids)
     if len(streams) != len(all_blocks) + 1:
         raise CannotDo(f"hooks do not run once in each block of {type(model).__name__}.")
     return streams
 
-@torch.inference_mode(False)  # if the caller is in it, a step could not turn gradients on
 @torch.no_grad()
 def measure(model, tokenizer, prompts, step, batch_size=16):
     """Call step(input_ids) for batches of prompts.  `step` returns a row for each prompt of its
@@ -318,7 +269,7 @@ def measure(model, tokenizer, prompts, step, batch_size=16):
     Prompts run together if they have the same number of tokens.  So nothing has to be padded.
     """
     ids = chat_ids(tokenizer, prompts)
-    # a batch is a list of places in the list of prompts
+    # a batch is a list of indices into prompts
     batches = []
     for length in sorted({len(row) for row in ids}):
         group = [i for i, row in enumerate(ids) if len(row) == length]
@@ -348,7 +299,7 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
         mean[i, l] = 1/|prompts| * sum over prompts of x_i^(l)
 
     i: the positions of the template's tail, or the last n_positions; l: the layers 0 .. L-1.
-    (float64, because the directions are small differences of large means.)
+    (Summed in float64, because the directions are small differences of large means.)
     """
     if n_positions is None:
         n_positions = len(template_tail(tokenizer))
@@ -361,9 +312,10 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
 # One subtraction gives a vector d for each position and layer: a candidate.  Section 7 chooses one.
 # From here on, r is the *unit* vector along d, r = d / |d|.
 #
-# Before we change the model, we look: how far does each prompt's stream x lie along the r of its
-# position and layer?  That is one number for each prompt, x . r, and the run draws these numbers
-# (`along_each`, appendix C).  What to expect: by the middle layers the two kinds have separated.
+# Before we change the model, we look.  At each position and layer, how long is the part of a
+# prompt's stream x along the r of the same place?  The run draws this number, x . r, for all test
+# prompts (`along_each`, appendix C).  What to expect: by the middle layers the two kinds have
+# separated.
 
 def refusal_directions(harmful_mean, harmless_mean):
     """The candidates: d = mean over harmful - mean over harmless prompts.  Paper, section 2.3.
@@ -385,40 +337,31 @@ def unit(vector):
         raise CannotDo("a direction is one vector, (d_model,), whose length is not 0 and not NaN.")
     return (vector / length).float()
 
-def projections(model, tokenizer, prompts, direction, position=-1):
-    """Each prompt's x . r at this position and every layer 0 .. L: (prompt, layer).
-
-    direction: (d_model,), of any length: one for all layers.  (In the run each layer has its own.)
-    """
-    x = activations(model, tokenizer, prompts, [position])[:, 0]  # (prompt, layer, d_model)
-    return x @ unit(direction)  # (prompt, layer)
-
-# (In some models, such as Gemma 3, every stream is extremely long in a few directions.  The run
-# first makes the candidates orthogonal to these: `massive_directions` in appendix B.)
-
 # %% 5. Ablation and addition ----------------------------------------------------------------------
 # Now we change the model while it runs.  *Ablation* takes r out of the stream everywhere.  The
-# stream is the sum of what the writers have put there: the embeddings, each block's attention, each
-# block's MLP.  So it is enough to take r out of each thing that is written:
+# stream is the sum of what the writers have put there, so it is enough to take r out of each thing
+# that is written:
 #
 #     (o1 + o2 + ...) - ((o1 + o2 + ...) . r) r  =  (o1 - (o1 . r) r) + (o2 - (o2 . r) r) + ...
 #
-# In a Llama the writers are `embed_tokens` and, in each block, `self_attn.o_proj` and
-# `mlp.down_proj`.  `writers(model)` finds them in any decoder (appendix B): it walks back from each
-# block's output through the additions that made it, and sees which modules gave the summands.
+# Exactly, the writers are the last module of each: in a Llama `embed_tokens` and, in each block,
+# `self_attn.o_proj` and `mlp.down_proj`.  `writers(model)` finds them in any decoder (appendix B):
+# it walks back through autograd's graph, from each block's output through the additions that made
+# it, and sees which modules gave the summands.
 #
 # Pause: would it be enough to project r out of the stream as it enters each block?  (It would not.
 # The block's attention may write r back before its MLP reads it, and nobody projects what the last
 # block writes.)
 #
-# `check_erased` checks that r is really gone (appendix B).  How small is zero?  For a random
-# direction, |x . r| is roughly |x| / sqrt(d_model).  After ablation it must be below 1/10,000 of
-# this (3/100 in 16 bits).  The check looks at a few random tokens, where the stream enters blocks
-# and at the end.  It does not look inside the blocks.
-#
 # *Addition* is the other way round.  A vector that is added at one layer stays in the stream and
 # reaches all later layers, so one layer is enough: the one where we measured it.  To erase, one
 # layer is not enough, because the next writer may write along r again.
+#
+# `check_erased` checks that r is really gone (appendix B).  How small is zero?  If r were any
+# direction, |x . r| would be about |x| / sqrt(d_model), because |x|^2 is the sum of d_model such
+# squares.  After ablation it must be below 1/10,000 of about that, or 3/100 in 16 bits.  The check
+# takes the mean over a few random tokens, where the stream enters blocks and at the end.  It does
+# not look inside the blocks.
 
 def project_out(x, r):
     """x' = x - (x . r) r: x, (..., d_model), without its part along the unit vector r, (d_model,).
@@ -430,13 +373,14 @@ def project_out(x, r):
     tensor([[0., 4.]])
     """
     r = r.to(x.device)
-    # a sum of products, not `x @ r`, which autocast would round
+    # (a sum of products, because autocast would round `x @ r`)
     along = (x.float() * r).sum(-1, keepdim=True)  # (..., 1)
     return (x.float() - along * r).to(x.dtype)
 
 def check_not_ablated(model):
-    """Raise CannotDo inside an `ablate` statement.  To erase r and then s subtracts (x . s) s: if s
-    has a part along r, r is back."""
+    """Raise CannotDo inside `with ablate(...)`.  To erase s after r subtracts a multiple of s, and
+    s may contain some r: then r is back."""
+    # the mark stands beside the hooks, so that a copy of the model has both or none
     if getattr(blocks(model), "is_ablated", False):
         raise CannotDo("a direction is ablated from this model already: one at a time.")
 
@@ -475,7 +419,7 @@ def add(model, vector, layer, coefficient=1.0):
     vector: (d_model,), the raw difference in means: its length says how strongly we push.  The new
     stream has the old one's dtype and device.  Raises CannotDo for what is no direction.
     """
-    unit(vector)  # raises it
+    unit(vector)  # raises CannotDo if it is none
     shift = coefficient * torch.as_tensor(vector).float()
 
     def shifted(x):
@@ -500,31 +444,16 @@ def refusal_tokens(tokenizer):
     Deviation: the paper has a list for each family.
 
     Subtle: "I" and " I" are two tokens, and which one it is depends on what stands before.  So each
-    phrase is tokenized where it will stand: after the prompt.
+    phrase is tokenized where it will stand: after a prompt (`first_reply_token`, appendix B).
     """
-    # some templates put a blank before every reply (appendix B)
-    header, blank = reply_header(tokenizer)
-    prompt = render(tokenizer, "Hi") + header
-    prompt_ids = encode(tokenizer, prompt)
-    n = len(prompt_ids)
-    found = set()
-    for opener in REFUSAL_OPENERS:
-        ids = encode(tokenizer, prompt + blank + opener)
-        # did the tokenizer join the phrase to the prompt's last token, or make the blank a token?
-        joined = ids[:n] != prompt_ids
-        only_blank = tokenizer.decode(ids[n : n + 1]).strip() == ""
-        if joined or only_blank:
-            # then tokenize the phrase alone
-            ids = prompt_ids + encode(tokenizer, opener)
-        found.add(ids[n])
-    return sorted(found)
+    return sorted({first_reply_token(tokenizer, opener) for opener in REFUSAL_OPENERS})
 
 def log_odds(logits, tokens):
     """log(p / (1 - p)), p the probability of `tokens` together: (..., vocab) -> (...).  Natural
     logarithm; 0 is even odds.  Paper, appendix B.
 
-    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z: Z cancels.  So two
-    logsumexps are enough, and nothing rounds to 0.
+    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z, with the softmax's
+    Z, which cancels.  So two logsumexps are enough, and nothing rounds to 0.
 
     >>> log_odds(torch.tensor([0.0, 0.0, 0.0]), [1])
     tensor(-0.6931)
@@ -568,9 +497,10 @@ def kl_divergence(p_logits, q_logits):
 # often broken the model: one that says nothing sensible does not refuse either.  KL shows it.)
 #
 # So the paper drops candidates with KL > 0.1, with induce < 0, and in the last fifth of the layers,
-# which are near the output and may only block the word "I".  Of the rest it takes the one with the
-# lowest bypass.  What to expect of the winner: in Qwen2.5-Coder-0.5B-Instruct (README), bypass
-# falls from +0.8 to -2.3, induce rises from -2.8 to +0.3, and KL is .03.
+# where an ablation may only block the word "I" and not the decision.  Of the rest it takes the one
+# with the lowest bypass.  What to expect of the winner: in Qwen2.5-Coder-0.5B-Instruct (README),
+# the score of harmful prompts falls from +0.8 to -2.3 (bypass), the score of harmless ones rises
+# from -2.8 to +0.3 (induce), and KL is .03.
 
 KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8  # the paper's thresholds
 
@@ -583,7 +513,8 @@ def choose(scores):
     ints, the position counted from the end and the layer, or None.  Deviation: if nothing passes,
     the authors' code stops; we try again without the filter on induce.
 
-    >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])  # one position, five layers
+    >>> # one position, five layers: 0 breaks the model, 3 does not induce, 4 is too late
+    >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])
     >>> kl, induce = torch.tensor([[5.0, 0, 0, 0, 0]]), torch.tensor([[1.0, 1, 1, -1, 1]])
     >>> choose({"bypass": bypass, "kl": kl, "induce": induce})
     (-1, 2)
@@ -617,8 +548,9 @@ def choose(scores):
     return None
 
 # That is the rule.  To measure a hundred candidates takes long.  So we first *estimate*, for all of
-# them at once, how much each would change the refusal score.  Erasing r changes a writer's output o
-# by -(o . r) r, and the gradient of the score at o says what a small change of o is worth:
+# them at once, how much each would change the mean refusal score of harmful prompts.  Erasing r
+# changes a writer's output o by -(o . r) r, and the gradient of the score at o says what a small
+# change of o is worth:
 #
 #     change of the score  ~  sum over writers and tokens of  gradient . (-(o . r) r)
 #
@@ -641,7 +573,7 @@ class Selection:
     kl: float
     base_bypass: float  # mean refusal score of the harmful prompts, without intervention
     base_induce: float  # and of the harmless ones
-    relaxed: bool  # no candidate passed all filters: the one on induce was left out
+    relaxed: bool  # no candidate passed all filters, so the filter on induce was left out
     scores: dict  # "bypass", "induce", "kl" -> (position, layer), NaN where not measured
 
 def select_direction(model, tokenizer, directions, harmful_val, harmless_val, exhaustive=False):
@@ -649,10 +581,10 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     CannotDo if no candidate will do.  Deviation: the paper measures all, as exhaustive=True does.
     This search stops once one has passed all filters and PATIENCE more have not been better, so it
     can miss a better one that the estimate puts far behind."""
-    # each a (position, layer); left out are layer 0, where d is 0, and the late layers
+    # (position, layer)s, without layer 0, where d is 0, and, unless exhaustive, the late layers
     order = most_promising_first(model, tokenizer, directions, harmful_val, exhaustive)
     base_logits = next_token_logits(model, tokenizer, harmless_val)
-    # NaN where not measured; each is (position, layer)
+    # three tensors, (position, layer), NaN where not measured
     bypass, kl, induce = torch.full((3, *directions.shape[:2]), math.nan)
     best = None  # the best so far that has passed all filters: it decides when to stop
     since_best = 0  # how many have been measured since then
@@ -691,9 +623,10 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
         relaxed=induce[winner].item() < INDUCE_MIN, scores=scores)
 
 # %% 8. The same ablation, in the weights ----------------------------------------------------------
-# Hooks have to stay in.  But a writer computes o = W h + b, and it stops writing along r for good
-# when r is projected out of W and of b.  The result is an ordinary checkpoint that computes what
-# the hooked model computes, up to rounding: the weights of a model that cannot refuse.
+# A hooked model refuses again when its hooks are gone.  But a writer computes o = W h + b, and it
+# stops writing along r for good when r is projected out of W and of b.  The result is an ordinary
+# checkpoint that computes what the hooked model computes, up to rounding: the weights of a model
+# that cannot refuse.
 #
 # Which parameters write, and along which axis?  Ask calculus.  For o = W h + b, the gradient of
 # o . r at W[i, j] is r_i h_j:
@@ -701,16 +634,17 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
 #     r1 h1   r1 h2   r1 h3
 #     r2 h1   r2 h2   r2 h3
 #
-# Column j is h_j times r.  So this W, stored (out, in) as in nn.Linear, writes along axis 0, the
-# one that goes down the columns.  In general we look for the axis along which a parameter's
-# gradient is a multiple of r.  A bias has one axis, and its gradient is r itself.  A parameter that
-# only reads the stream has no such axis.  `plan_edits` asks this of every writer (appendix B).
+# Column j is h_j times r.  So the axis of W that writes is axis 0, the one that goes down the
+# columns, if W is stored (out, in) as in nn.Linear.  In general we look for the axis along which a
+# parameter's gradient is a multiple of r.  A bias has one axis, and its gradient is r itself.  A
+# parameter that only reads the stream has no such axis.  `plan_edits` asks this of every writer
+# (appendix B).
 
 def erase(W, axis, r):
     """W' = W - r (r^T W): a weight or bias that no longer writes along r.  Paper, section 4.1.
 
     r: unit vector, (d_model,).  axis: the one of W that writes, d_model long.  It is 0 for a
-    nn.Linear, which stores (out, in), and for a bias, which is written as it is.  It is 1 for an
+    nn.Linear, which stores (out, in), and for a bias, which has no other.  It is 1 for an
     embedding, (vocab, d_model), each row of which is written: there W' = W - (W r) r^T.
 
     >>> W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # (out, in)
@@ -721,18 +655,6 @@ def erase(W, axis, r):
     W = W.movedim(axis, -1)  # (..., d_model): the axis that writes comes last
     along = (W * r).sum(-1, keepdim=True)  # (..., 1)
     return (W - along * r).movedim(-1, axis)
-
-def untie(model):
-    """If the unembedding shares the embedding's tensor, give it its own copy: the embedding writes
-    and is edited, and the unembedding only reads."""
-    for name in model.all_tied_weights_keys:  # transformers' list of what shares a tensor
-        module_name, _, weight = name.rpartition(".")
-        shared = model.get_parameter(name)
-        own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-        setattr(model.get_submodule(module_name), weight, own)
-    model.all_tied_weights_keys = {}
-    for config in (model.config, text_config(model)):
-        config.tie_word_embeddings = False
 
 @torch.inference_mode(False)  # what is made in inference mode can never be trained
 @torch.no_grad()
@@ -748,14 +670,15 @@ def orthogonalize(model, direction):
     """
     r = unit(direction)
     check_not_ablated(model)
-    edits = plan_edits(model, r)  # name -> (parameter, the axis that writes, None or a norm)
-    # the embedding will be edited, and the unembedding must not be
+    edits = plan_edits(model, r)  # name -> (parameter, the axis that writes, a norm or None)
+    # the embedding writes and is edited; an unembedding that shares its tensor only reads, and
+    # gets a copy first (appendix B)
     untie(model)
     for W, axis, norm in edits.values():
         if norm is None:
             W.copy_(erase(W.float(), axis, r.to(W.device)))
         else:
-            # here a norm stands between W and the stream, as in Gemma 2 (appendix B)
+            # here another norm stands between W and the stream, as in Gemma 2 (appendix B)
             W.copy_(erase_before_norm(W.float(), axis, norm))
     check_erased(model, r)
     return list(edits)
@@ -776,11 +699,11 @@ REFUSAL_PHRASES = [  # the authors' list
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens=64):
-    """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, not 512.  (To cut
-    the authors' replies there, at about 300 characters, changes at most 3 verdicts in 100.)"""
+    """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, not 512.  (That
+    changes few verdicts: cutting the authors' own replies there changes at most 3 in 100.)"""
     replies = []
-    # many replies are written side by side, with padding in front of the shorter prompts (one by
-    # one would be much slower).  But recurrent models, which transformers calls stateful, read it.
+    # many replies are written side by side, with padding in front of the shorter prompts.  Models
+    # with recurrent layers (_is_stateful) would read the padding, so they write one by one.
     batch_size = 1 if model._is_stateful else 64
     # settings that make it greedy, and the tokens that end a reply (both in appendix B)
     with greedy_settings(model, tokenizer, max_new_tokens) as ends:
@@ -799,7 +722,7 @@ def is_refusal(text):
     return any(phrase.lower() in plain for phrase in REFUSAL_PHRASES)
 
 def is_broken(tokenizer, text):
-    """Does the reply repeat itself: has it at most half as many distinct tokens as tokens?
+    """Does the reply repeat itself: are at most half of its tokens distinct?
 
     A plain sign of babble, for replies of up to 64 tokens; an empty one counts, too.  It agrees
     with our reading of 134 of 140 replies (README).  Deviation: not in the paper.
@@ -817,14 +740,14 @@ def reply_loss(model, tokenizer, prompts, replies):
         - 1/tokens * sum over replies and their tokens of log p(token | prompt, tokens before it)
 
     The replies are the unedited model's.  If an edited model finds them nearly as likely, it has
-    lost little elsewhere.
+    lost little but its refusals.
     """
     losses = []
     for prompt_ids, reply in zip(chat_ids(tokenizer, prompts), replies):
         # the reply was decoded apart from the prompt, so it is encoded apart from it
         reply_ids = encode(tokenizer, reply)
         ids = torch.tensor([prompt_ids + reply_ids])  # (1, seq)
-        # logits at token i predict token i + 1
+        # the logits at a token predict the next one, so we start at the prompt's last token
         with torch.no_grad():
             logits = forward(model, ids, n_last=len(reply_ids) + 1)[0, :-1]  # (reply token, vocab)
         targets = torch.tensor(reply_ids, dtype=torch.long).to(logits.device)
@@ -1056,19 +979,19 @@ def writers(model):
 def check_erased(model, r):
     """Raise CannotDo if r is still in the stream where it enters a block or leaves the last one.
 
-    The yardstick (section 5): in a stream x of random signs, x . r would typically be as large as
-    the length of the products x * r, and at least |x| / sqrt(d_model), for r may be an axis.  (|x|
+    The yardstick is that of section 5, |x| / sqrt(d_model), or the length of the products x * r,
+    where that is more: if r lies along a huge coordinate of x, rounding leaves more of it.  (|x|
     itself is no yardstick: beside it, even half an ablation is small.)
     """
-    # what may be left, as a share of what is typical: more where the model computes in 16 bits
+    # what may be left, as a share of the yardstick: more where the model computes in 16 bits
     exact = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     tolerance = 1e-4 if exact else 0.03
     for layer, x in enumerate(residual_streams(model, random_tokens(model))):
         x = x[0].float().cpu()  # (seq, d_model)
         products = x * r
-        shortest = torch.linalg.vector_norm(x, dim=-1) / len(r) ** 0.5  # (seq,)
-        typical = torch.hypot(torch.linalg.vector_norm(products, dim=-1), shortest)
-        left = (products.sum(-1).abs() / typical.clamp_min(1e-30)).mean()
+        ordinary = torch.linalg.vector_norm(x, dim=-1) / len(r) ** 0.5  # (seq,)
+        yardstick = ordinary.maximum(torch.linalg.vector_norm(products, dim=-1))
+        left = (products.sum(-1).abs() / yardstick.clamp_min(1e-30)).mean()
         if not left < tolerance:
             where = f"block {layer - 1}" if layer else "the embeddings"
             raise CannotDo(f"the direction is still written to the stream by {where} of "
@@ -1132,6 +1055,18 @@ def writing_weights(writer, u):
                 found[key] = (p, axis)
     return found
 
+def untie(model):
+    """If the unembedding shares the embedding's tensor, give it its own copy: the embedding writes
+    and is edited, and the unembedding only reads."""
+    for name in model.all_tied_weights_keys:  # transformers' list of the copies, such as lm_head's
+        module_name, _, weight = name.rpartition(".")
+        shared = model.get_parameter(name)
+        own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        setattr(model.get_submodule(module_name), weight, own)
+    model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
+
 # Some sublayers end on a norm, which is then the writer (Gemma 2, OLMo 2).  Hooks project what it
 # gives, and are exact.  The weights before it write z, and y = A z / size(z), A the norm's gain.
 # So y . r = u . z / size(z) with u = A^T r, and z' = z - w (u . z) makes it zero for any w with
@@ -1158,6 +1093,7 @@ def erase_before_norm(W, axis, norm):
 
 # The order of the search in section 7.
 
+@torch.inference_mode(False)  # inside inference mode no gradient can be taken
 def attribution(model, tokenizer, directions, prompts):
     """Estimate how much erasing each candidate changes the mean refusal score: (position, layer).
 
@@ -1244,7 +1180,24 @@ def keep_off(vectors, massive):
     massive = massive.to(vectors.dtype)
     return vectors - (vectors @ massive.T) @ massive
 
-# How replies begin and end.
+# Chat templates: how a prompt is asked, and how replies begin and end.
+
+# models that can think before they reply are asked not to; templates have many names for that
+NO_THOUGHTS = {"enable_thinking": False, "thinking": False, "reasoning": False,
+               "thinking_budget": 0}
+
+def render(tokenizer, prompt, reply=None):
+    """A chat as text: up to where the reply begins or, with a reply, a past chat.  Raises CannotDo
+    if the template fails or leaves the instruction out."""
+    messages = [{"role": "user", "content": prompt}]
+    if reply is not None:
+        messages.append({"role": "assistant", "content": reply})
+    with in_one_sentence("the chat template cannot be used"):
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=reply is None, **NO_THOUGHTS)
+    if prompt.strip() not in text:
+        raise CannotDo("the chat template leaves the instruction out.")
+    return text
 
 def reply_header(tokenizer):
     """What the template writes at the start of every reply, but not yet into the prompt: two texts,
@@ -1265,6 +1218,26 @@ def reply_header(tokenizer):
     start = past[len(prompt) :].partition("Sunflower")[0]
     header = start.rstrip(" ")
     return header, start[len(header) :]
+
+def chat_text(tokenizer, prompt):
+    """The instruction inside its template, as text, up to the first real word of the reply."""
+    header, _ = reply_header(tokenizer)
+    return render(tokenizer, prompt) + header
+
+def first_reply_token(tokenizer, words):
+    """The id of the first token of these words, where they begin a reply."""
+    prompt = chat_text(tokenizer, "Hi")
+    _, blank = reply_header(tokenizer)
+    prompt_ids = encode(tokenizer, prompt)
+    n = len(prompt_ids)
+    ids = encode(tokenizer, prompt + blank + words)
+    # did the tokenizer join the words to the prompt's last token, or make the blank a token?
+    joined = ids[:n] != prompt_ids
+    only_blank = tokenizer.decode(ids[n : n + 1]).strip() == ""
+    if joined or only_blank:
+        # then tokenize the words alone
+        return encode(tokenizer, words)[0]
+    return ids[n]
 
 def end_tokens(model, tokenizer):
     """The ids of the tokens that end a reply: what the model's settings, the tokenizer or the chat
@@ -1351,6 +1324,33 @@ def parse(argv=None):
         parser.error(f"--save {str(args.save)!r}: name a folder that does not exist yet.")
     return args
 
+def load_prompts(path):
+    """The instructions in a text file, one a line, each once.  Raises CannotDo if it has none."""
+    with in_one_sentence(f"cannot read the prompts in {path}"):
+        text = Path(path).read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise CannotDo(f"{path} is empty: write plain text, one instruction a line.")
+    return list(dict.fromkeys(lines))
+
+def split(prompts, n_train, n_val, n_test):
+    """Three disjoint lists (train, validation, test), always the same for the same prompts.
+
+    Raises CannotDo if there are too few.
+
+    >>> split(list("abcdefgh"), 4, 1, 3)
+    (['e', 'b', 'f', 'c'], ['a'], ['d', 'h', 'g'])
+    """
+    if min(n_train, n_val, n_test) < 1 or n_train + n_val + n_test > len(prompts):
+        raise CannotDo(f"{n_train} + {n_val} + {n_test} prompts, each at least 1, cannot be taken "
+                       f"from {len(prompts)} lines.")
+    # the files go from one kind of harm to the next: mix the kinds
+    order = list(prompts)
+    random.Random(0).shuffle(order)
+    # validation and test are taken from the end, so that n_train does not move them
+    test_start = len(order) - n_test
+    return order[:n_train], order[test_start - n_val : test_start], order[test_start:]
+
 def read_data(n_train=128, n_val=32, n_test=100, harmful=PROMPTS / "harmful.txt",
               harmless=PROMPTS / "harmless.txt"):
     """The prompts, split: "harmful" or "harmless" -> "train", "val" or "test" -> a list."""
@@ -1436,6 +1436,14 @@ def recall_at_1_percent(positive, negative):
     allowed = len(negative) // 100
     threshold = negative.sort(descending=True).values[allowed]
     return (positive > threshold).double().mean().item()
+
+def projections(model, tokenizer, prompts, direction, position=-1):
+    """Each prompt's x . r at this position and every layer 0 .. L: (prompt, layer).
+
+    direction: (d_model,), of any length, one for all layers.
+    """
+    x = activations(model, tokenizer, prompts, [position])[:, 0]  # (prompt, layer, d_model)
+    return x @ unit(direction)  # (prompt, layer)
 
 def along_each(model, tokenizer, data, directions):
     """Each test prompt's x . r at every position and layer, r from that place: "harmful" or
@@ -1665,18 +1673,21 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
 #
 # - Training and validation prompts that are harmful but answered, or harmless but refused, are
 #   dropped first.
-# - Controls: three random directions, as long as d, are ablated and added, too, each on another
-#   third of the test prompts.  An effect that random directions have, too, is not due to r.
+# - Controls: three random directions, as long as d, are ablated on harmful test prompts and added
+#   on harmless ones, each on another third of them.  What these do, too, is not due to r.
 # - x . r is tried as a detector of harmful prompts at two positions: the chosen one, and the token
 #   before the tail, where the instruction ends (t_inst in later papers).
-# - Does a model that has lost its refusal still know harm?  Yes: the detector's rows "r ablated"
-#   use new differences in means, taken in the ablated model, and they still separate the kinds.
+# - Does a model that has lost its refusal still know harm?  We ablate r, take the differences in
+#   means anew in the ablated model, and use these as detectors (rows "r ablated").  What to expect:
+#   they still tell the kinds apart.
+# - In some models, such as Gemma 3, every stream is huge along a few directions, and to erase a
+#   part of these breaks the model.  All vectors are made orthogonal to them (`massive_directions`).
 # - Section 8 comes last, because it changes the model for good.
 
 def find_direction(args, model, tokenizer, data):
     """Stages 3 to 7: returns a Selection, three random directions, and the detector's table."""
     stage("3 means", "at each position of the tail, at the one before it, and at each layer")
-    # one position more than the tail has, t_inst, which is index 0: only for the detector
+    # index 0 is t_inst, which only the detector needs; the tail follows
     n_read = len(template_tail(tokenizer)) + 1
     harmful_mean = mean_activations(model, tokenizer, data["harmful"]["train"], n_read)
     harmless_mean = mean_activations(model, tokenizer, data["harmless"]["train"], n_read)
@@ -1686,9 +1697,9 @@ def find_direction(args, model, tokenizer, data):
     massive = massive_directions(harmless_mean)
     if len(massive):
         say(f"every stream is extremely long in {len(massive)} directions: all vectors that follow",
-            "are made orthogonal to these (`massive_directions`, appendix B)")
+            "are made orthogonal to these")
     directions = keep_off(directions, massive)
-    # three random directions for controls, the same for the same seed
+    # three random directions for controls, the same for the same seed (as long as d: stage 9)
     rng = torch.Generator().manual_seed(args.seed)
     random_vectors = keep_off(torch.randn(3, directions.shape[-1], generator=rng), massive)
     along = along_each(model, tokenizer, data, directions)  # kind -> (prompt, position, layer)
@@ -1719,8 +1730,8 @@ def run(args):
     # the writers by name
     names = {module: name for name, module in model.named_modules()}
     written_by = [names[module] for module in writers(model)]
-    say(f"{len(blocks(model))} layers, d_model {text_config(model).hidden_size}, {model.dtype}, "
-        f"{model.device}", f"{len(written_by)} writers: {', '.join(written_by[:3])}, and so on")
+    say(f"{len(blocks(model))} layers, {model.dtype}, {model.device}",
+        f"{len(written_by)} writers: {', '.join(written_by[:3])}, and so on")
 
     stage("2 prompts", "keep harmful prompts that are refused, and harmless ones that are not")
     filter_prompts(model, tokenizer, data)

@@ -1185,7 +1185,7 @@ def check_edit(model, edited, r):
 @torch.no_grad()
 def prove(model):
     """Every claim of sections 3, 5 and 8 for one model: its verdict and a note; AssertionError."""
-    r = R.unit(randn(R.text_config(model).hidden_size))
+    r = R.unit(randn(model.config.get_text_config(decoder=True).hidden_size))
     base = all_logits(model)
     edited = copy.deepcopy(model)
     try:
