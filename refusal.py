@@ -652,9 +652,8 @@ def erase(W, axis, r):
     tensor([[0., 0., 0.],
             [4., 5., 6.]])
     """
-    W = W.movedim(axis, -1)  # (..., d_model): the axis that writes comes last
-    along = (W * r).sum(-1, keepdim=True)  # (..., 1)
-    return (W - along * r).movedim(-1, axis)
+    rows = W.movedim(axis, -1)  # (..., d_model): the axis that writes comes last
+    return project_out(rows, r).movedim(-1, axis)
 
 @torch.inference_mode(False)  # what is made in inference mode can never be trained
 @torch.no_grad()
@@ -676,10 +675,10 @@ def orthogonalize(model, direction):
     untie(model)
     for W, axis, norm in edits.values():
         if norm is None:
-            W.copy_(erase(W.float(), axis, r.to(W.device)))
+            W.copy_(erase(W, axis, r))
         else:
             # here another norm stands between W and the stream, as in Gemma 2 (appendix B)
-            W.copy_(erase_before_norm(W.float(), axis, norm))
+            W.copy_(erase_before_norm(W, axis, norm))
     check_erased(model, r)
     return list(edits)
 
@@ -734,6 +733,7 @@ def refusal_rate(completions):
     """The share of completions that refuse, 0 to 1."""
     return sum(is_refusal(text) for text in completions) / len(completions)
 
+@torch.no_grad()
 def reply_loss(model, tokenizer, prompts, replies):
     """The mean loss of these replies, in nats a token.  Paper, section 4.3.
 
@@ -748,8 +748,7 @@ def reply_loss(model, tokenizer, prompts, replies):
         reply_ids = encode(tokenizer, reply)
         ids = torch.tensor([prompt_ids + reply_ids])  # (1, seq)
         # the logits at a token predict the next one, so we start at the prompt's last token
-        with torch.no_grad():
-            logits = forward(model, ids, n_last=len(reply_ids) + 1)[0, :-1]  # (reply token, vocab)
+        logits = forward(model, ids, n_last=len(reply_ids) + 1)[0, :-1]  # (reply token, vocab)
         targets = torch.tensor(reply_ids, dtype=torch.long).to(logits.device)
         losses.append(cross_entropy(logits.float(), targets, reduction="none"))  # (reply token,)
     return torch.cat(losses).mean().item()
@@ -1087,9 +1086,9 @@ def through_norm(norm, z, r):
 def erase_before_norm(W, axis, norm):
     """W' = W - w (u^T W), with (u, w) from `through_norm`."""
     u, w = (vector.to(W.device) for vector in norm)
-    W = W.movedim(axis, -1)  # (..., d_model)
-    along = (W * u).sum(-1, keepdim=True)  # (..., 1)
-    return (W - along * w).movedim(-1, axis)
+    rows = W.float().movedim(axis, -1)  # (..., d_model)
+    along = (rows * u).sum(-1, keepdim=True)  # (..., 1)
+    return (rows - along * w).movedim(-1, axis)
 
 # The order of the search in section 7.
 
