@@ -33,8 +33,8 @@ reads the vector and adds to it.  At the end the vector is turned into the next 
 
 The modules marked * are the *writers*: whatever is in the stream, one of them has put it there.
 `layer` l is a place in the stream: what enters block l, the paper's x^(l).  A model with L blocks
-has layers 0 .. L-1.  Where functions also give xL, which leaves the last block and enters none,
-there are L + 1 entries.  Other names of axes:
+has layers 0 .. L-1.  Some functions also return xL, what leaves the last block: L + 1 entries.
+Other names of axes:
 
     prompt      which prompt of a list
     batch       which prompt of those that run together
@@ -65,8 +65,7 @@ class CannotDo(ValueError):
 
 @contextmanager
 def in_one_sentence(what):
-    """For loading, reading and saving: whatever is raised inside the `with` statement becomes a
-    CannotDo that quotes it."""
+    """What is raised inside the `with` statement becomes a CannotDo that quotes it."""
     try:
         yield
     except CannotDo:
@@ -76,12 +75,11 @@ def in_one_sentence(what):
 
 # %% 1. The model ----------------------------------------------------------------------------------
 # Any chat model that is a stack of blocks will do.  "tiny" is one that the program trains by itself
-# in seconds (appendix A): a real transformer, but a caricature of a chat model.  It has a few
-# canned replies, and it refuses what sounds harmful.
+# in seconds (appendix A).  It has a few canned replies, and it refuses what sounds harmful.
 
 MODELS = {  # alias -> hub id
     "tiny": "trained on the spot",
-    "qwen-1.8b": "Qwen/Qwen1.5-1.8B-Chat",  # in place of the paper's, which needs code of its own
+    "qwen-1.8b": "Qwen/Qwen1.5-1.8B-Chat",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "gemma-2b": "google/gemma-2b-it",
@@ -96,7 +94,7 @@ def load_model(name, dtype="auto", seed=0):
     "auto": bfloat16 on a GPU if there is one, else float32.  seed: only for "tiny".  Raises
     CannotDo if it cannot be loaded.
     """
-    # use a GPU if there is one; on a GPU, "auto" means 16 bits
+    # use a GPU if there is one
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
@@ -128,23 +126,22 @@ def load_model(name, dtype="auto", seed=0):
 # The tail is the same for every instruction.  There the model has read everything and has said
 # nothing yet, so this is where we shall look for its decision to refuse.
 #
-# `read_data` (appendix C) reads the files and splits each of them, always in the same way, into
-# prompts to find directions with (train), to choose one (validation) and to judge it (test).
+# `read_data` (appendix C) splits each file, always in the same way, into prompts to find directions
+# with (train), to choose one (validation), and to judge it (test).
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 def encode(tokenizer, text):
-    """Text -> token ids, a list.  Subtle: the template has written the BOS token that Llama-3 and
-    Gemma begin with, so the tokenizer must not add a second one."""
+    """Text -> token ids, a list.  Subtle: the BOS token, with which Llama-3 and Gemma begin, is in
+    the template's text already, so the tokenizer must not add a second one."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 def chat_ids(tokenizer, prompts):
-    """Instructions -> chats that wait for a reply: a list of token ids for each.  Raises CannotDo
-    for one string."""
-    # it would be taken apart into letters
+    """Instructions -> chats that wait for a reply: a list of token ids for each."""
+    # a string would be read letter by letter
     if isinstance(prompts, str):
         raise CannotDo("prompts must be a list of instructions, and not one text.")
-    # chat_text (appendix B) gives the drawing's line above, up to where the reply begins
+    # chat_text (appendix B) applies the template: the line drawn above
     return [encode(tokenizer, chat_text(tokenizer, prompt)) for prompt in prompts]
 
 def template_tail(tokenizer):
@@ -154,8 +151,8 @@ def template_tail(tokenizer):
     >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # \u010a stands for the newline
     ['\u010a', '<|assistant|>']
     """
-    # the tail is what these chats have in common at their end.  The instructions end on characters
-    # of different kinds, because a tokenizer may join the last one with the template's first one.
+    # the tail is what these chats have in common at their end.  (The instructions end on different
+    # kinds of characters, because a tokenizer may join the last one with the template's first.)
     prompts = ["Say yes", "Why? 1", "Count to (ten)!", "Is it so?", "Go on."]
     backwards = [ids[::-1] for ids in chat_ids(tokenizer, prompts)]
     tail = []
@@ -183,9 +180,8 @@ def template_tail(tokenizer):
 def blocks(model):
     """The model's blocks, in order: the first nn.ModuleList that has an entry for each layer."""
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    # look into the decoder first; some models have their blocks beside it
+    # usually inside the decoder, in some models beside it
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
-        # (a set, because a block that stands in the list twice would be counted twice)
         if isinstance(module, nn.ModuleList) and len(module) == n_layers == len(set(module)):
             return module
     raise CannotDo(f"{type(model).__name__} has no list of {n_layers} different blocks.")
@@ -198,7 +194,7 @@ def hook_input(block, change):
         x = change(args[0] if args else kwargs["hidden_states"])
         if x is None:
             return None
-        # PyTorch wants all arguments back
+        # given back in the same way
         if args:
             return (x, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": x}
@@ -220,11 +216,11 @@ def hook_output(module, change):
 def hooked(handles):
     """Take these hooks out when the `with` statement ends, whatever happened inside it.
 
-    handles: what hook_input and hook_output return.  (Hooks sit in the model: use one thread.)
+    handles: what hook_input and hook_output return.
     """
     handles = list(handles)
     try:
-        # compiled code skips hooks, so the model runs uncompiled meanwhile
+        # compiled code would skip hooks
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -247,9 +243,9 @@ def forward(model, input_ids, n_last=1):
     return logits
 
 def residual_streams(model, input_ids):
-    """The residual stream at each layer: a list of L + 1 tensors, (batch, seq, d_model): what
-    enters block 0, block 1, ..., and what leaves the last block.  (Subtle: this last one is not
-    the library's hidden_states[-1], which has passed the final norm.)"""
+    """The residual stream at the layers 0 .. L: a list of L + 1 tensors, (batch, seq, d_model).
+    (Subtle: the last one is not the library's hidden_states[-1], which has passed the final norm.)
+    """
     streams = []
     all_blocks = blocks(model)
     # append returns None, so the streams stay as they are
@@ -263,10 +259,10 @@ def residual_streams(model, input_ids):
 
 @torch.no_grad()
 def measure(model, tokenizer, prompts, step, batch_size=16):
-    """Call step(input_ids) for batches of prompts.  `step` returns a row for each prompt of its
-    batch, and `measure` returns all rows in the order of the prompts, (prompt, ...).
+    """Call step for batches of prompts.  Returns all that it gives, in the order of the prompts.
 
-    Prompts run together if they have the same number of tokens.  So nothing has to be padded.
+    step: takes token ids, (batch, seq), and returns (batch, ...).  Prompts run together if they
+    have the same number of tokens, so that nothing has to be padded.
     """
     ids = chat_ids(tokenizer, prompts)
     # a batch is a list of indices into prompts
@@ -277,7 +273,7 @@ def measure(model, tokenizer, prompts, step, batch_size=16):
             batches.append(group[start : start + batch_size])
     results = [None] * len(ids)
     for batch in tqdm(batches, leave=False, disable=None):
-        rows = step(torch.tensor([ids[i] for i in batch]))  # takes (batch, seq)
+        rows = step(torch.tensor([ids[i] for i in batch]))  # (batch, ...)
         # put each row where its prompt stands
         for i, row in zip(batch, rows):
             results[i] = row
@@ -296,10 +292,10 @@ def activations(model, tokenizer, prompts, positions):
 def mean_activations(model, tokenizer, prompts, n_positions=None):
     """Mean residual stream over prompts: (position, layer, d_model), float64.  Paper, section 2.3.
 
-        mean[i, l] = 1/|prompts| * sum over prompts of x_i^(l)
+        mean[i, l] = 1/|prompts| * sum over prompts of x_i^(l)        position i, layer l < L
 
-    i: the positions of the template's tail, or the last n_positions; l: the layers 0 .. L-1.
-    (Summed in float64, because the directions are small differences of large means.)
+    At the positions of the template's tail, or at the last n_positions.  (Summed in float64,
+    because we shall take small differences of these large means.)
     """
     if n_positions is None:
         n_positions = len(template_tail(tokenizer))
@@ -312,17 +308,16 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
 # One subtraction gives a vector d for each position and layer: a candidate.  Section 7 chooses one.
 # From here on, r is the *unit* vector along d, r = d / |d|.
 #
-# Before we change the model, we look.  At each position and layer, how long is the part of a
-# prompt's stream x along the r of the same place?  The run draws this number, x . r, for all test
-# prompts (`along_each`, appendix C).  What to expect: by the middle layers the two kinds have
-# separated.
+# Before we change the model, we look: how far does a prompt's stream x reach along r, both taken at
+# the same position and layer?  The run plots this number, x . r, for all test prompts.  What to
+# expect: by the middle layers the two kinds have separated.
 
 def refusal_directions(harmful_mean, harmless_mean):
     """The candidates: d = mean over harmful - mean over harmless prompts.  Paper, section 2.3.
 
     Takes (position, layer, d_model) twice and gives the same shape, not normalised.
 
-    The answer to the question above: at layer 0 the stream is the embedding of the tail's own
+    The answer to section 3's question: at layer 0 the stream is the embedding of the tail's own
     tokens, which are the same in every prompt, so d = 0.  All that differs later was gathered from
     the instruction by attention.  (With learned positions, as in GPT-2, d is not quite 0: where the
     tail stands depends on the length of the instruction.)
@@ -344,10 +339,10 @@ def unit(vector):
 #
 #     (o1 + o2 + ...) - ((o1 + o2 + ...) . r) r  =  (o1 - (o1 . r) r) + (o2 - (o2 . r) r) + ...
 #
-# Exactly, the writers are the last module of each: in a Llama `embed_tokens` and, in each block,
-# `self_attn.o_proj` and `mlp.down_proj`.  `writers(model)` finds them in any decoder (appendix B):
-# it walks back through autograd's graph, from each block's output through the additions that made
-# it, and sees which modules gave the summands.
+# In a Llama the writers are `embed_tokens` and, in each block, the last module of attention and of
+# the MLP: `self_attn.o_proj` and `mlp.down_proj`.  `writers(model)` finds them in any decoder
+# (appendix B).  A block's output is a sum: it follows autograd's graph back through the additions
+# that made it, and notes which module gave each summand.
 #
 # Pause: would it be enough to project r out of the stream as it enters each block?  (It would not.
 # The block's attention may write r back before its MLP reads it, and nobody projects what the last
@@ -357,11 +352,10 @@ def unit(vector):
 # reaches all later layers, so one layer is enough: the one where we measured it.  To erase, one
 # layer is not enough, because the next writer may write along r again.
 #
-# `check_erased` checks that r is really gone (appendix B).  How small is zero?  If r were any
-# direction, |x . r| would be about |x| / sqrt(d_model), because |x|^2 is the sum of d_model such
-# squares.  After ablation it must be below 1/10,000 of about that, or 3/100 in 16 bits.  The check
-# takes the mean over a few random tokens, where the stream enters blocks and at the end.  It does
-# not look inside the blocks.
+# `check_erased` checks that r is really gone (appendix B).  How small is zero?  For a random
+# direction, |x . r| is about |x| / sqrt(d_model), because |x|^2 is shared among d_model axes.
+# After ablation it must be below 1/10,000 of this (3/100 in 16 bits).  The check looks at a few
+# random tokens, where the stream enters blocks and at the end, and not inside the blocks.
 
 def project_out(x, r):
     """x' = x - (x . r) r: x, (..., d_model), without its part along the unit vector r, (d_model,).
@@ -373,16 +367,9 @@ def project_out(x, r):
     tensor([[0., 4.]])
     """
     r = r.to(x.device)
-    # (a sum of products, because autocast would round `x @ r`)
+    # (autocast would round `x @ r`)
     along = (x.float() * r).sum(-1, keepdim=True)  # (..., 1)
     return (x.float() - along * r).to(x.dtype)
-
-def check_not_ablated(model):
-    """Raise CannotDo inside `with ablate(...)`.  To erase s after r subtracts a multiple of s, and
-    s may contain some r: then r is back."""
-    # the mark stands beside the hooks, so that a copy of the model has both or none
-    if getattr(blocks(model), "is_ablated", False):
-        raise CannotDo("a direction is ablated from this model already: one at a time.")
 
 @contextmanager
 def ablate(model, direction):
@@ -391,24 +378,22 @@ def ablate(model, direction):
         o' = o - (o . r) r        for the output o of every writer, r = direction / |direction|
 
     direction: (d_model,), of any length.  Raises CannotDo if r is not gone, and inside another
-    `ablate`: `blocks(model).is_ablated` is True inside, and afterwards False, also after an error.
-    Deviation: the paper also projects what enters blocks, which changes nothing when all writers
-    are free of r.
+    `ablate` (`writers` sees the mark): erasing a second direction s subtracts a multiple of s, and
+    if s is not orthogonal to r, this brings r back.  Deviation: the paper also projects what enters
+    blocks, which changes nothing when all writers are free of r.
     """
     r = unit(direction)
-    check_not_ablated(model)
 
     def erase_r(o):
         return project_out(o, r)
 
     with hooked([hook_output(module, erase_r) for module in writers(model)]):
         check_erased(model, r)
-        all_blocks = blocks(model)
         try:
-            all_blocks.is_ablated = True
+            blocks(model).is_ablated = True
             yield
         finally:
-            all_blocks.is_ablated = False
+            blocks(model).is_ablated = False
 
 @contextmanager
 def add(model, vector, layer, coefficient=1.0):
@@ -416,10 +401,10 @@ def add(model, vector, layer, coefficient=1.0):
 
         x^(layer)' = x^(layer) + coefficient * vector        at every position
 
-    vector: (d_model,), the raw difference in means: its length says how strongly we push.  The new
-    stream has the old one's dtype and device.  Raises CannotDo for what is no direction.
+    vector: (d_model,), the raw difference in means: its length says how strongly we push.  Raises
+    CannotDo if it is no direction.
     """
-    unit(vector)  # raises CannotDo if it is none
+    unit(vector)  # raises it
     shift = coefficient * torch.as_tensor(vector).float()
 
     def shifted(x):
@@ -432,7 +417,8 @@ def add(model, vector, layer, coefficient=1.0):
 # Section 7 will try many candidates, and to write hundreds of replies for each is slow.  But
 # refusals open with the same few phrases ("I cannot ...", "As an AI ...").  So we take the
 # probability p that the reply's first token is the first token of such a phrase, as log-odds,
-# log(p / (1 - p)).  It says nearly as much, and costs one forward pass.
+# log(p / (1 - p)).  It is rougher than whole replies ("I can help" counts, too), and costs one
+# forward pass.
 #
 # A second number says whether an intervention leaves the model otherwise intact: how far its
 # predictions on harmless prompts move.
@@ -452,8 +438,8 @@ def log_odds(logits, tokens):
     """log(p / (1 - p)), p the probability of `tokens` together: (..., vocab) -> (...).  Natural
     logarithm; 0 is even odds.  Paper, appendix B.
 
-    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z, with the softmax's
-    Z, which cancels.  So two logsumexps are enough, and nothing rounds to 0.
+    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z.  Z cancels, so two
+    logsumexps are enough, and nothing rounds to 0.
 
     >>> log_odds(torch.tensor([0.0, 0.0, 0.0]), [1])
     tensor(-0.6931)
@@ -477,7 +463,7 @@ def refusal_scores(model, tokenizer, prompts):
 def kl_divergence(p_logits, q_logits):
     """KL(p || q) = sum over tokens of p (log p - log q): (..., vocab) twice -> (...), in nats.
 
-    Deviation: the authors add 1e-6 inside both logarithms, which makes KL a little too small.
+    Deviation: the authors add 1e-6 inside both logarithms, which changes KL a little.
 
     >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, math.log(3)]))
     tensor(0.1438)
@@ -498,9 +484,9 @@ def kl_divergence(p_logits, q_logits):
 #
 # So the paper drops candidates with KL > 0.1, with induce < 0, and in the last fifth of the layers,
 # where an ablation may only block the word "I" and not the decision.  Of the rest it takes the one
-# with the lowest bypass.  What to expect of the winner: in Qwen2.5-Coder-0.5B-Instruct (README),
-# the score of harmful prompts falls from +0.8 to -2.3 (bypass), the score of harmless ones rises
-# from -2.8 to +0.3 (induce), and KL is .03.
+# with the lowest bypass.  What to expect of the winner: in a Qwen with 0.5B parameters (README) the
+# score of harmful prompts falls from +0.8 to -2.3 (bypass), the score of harmless ones rises from
+# -2.8 to +0.3 (induce), and KL is .03.
 
 KL_MAX, INDUCE_MIN, LATE = 0.1, 0.0, 0.8  # the paper's thresholds
 
@@ -509,9 +495,9 @@ def choose(scores):
 
         layer < int(0.8 n_layers)   and   KL <= 0.1   and   induce >= 0      section 2.3, appendix C
 
-    scores: "bypass", "kl", "induce" -> (position, layer), NaN where not measured.  Returns two
-    ints, the position counted from the end and the layer, or None.  Deviation: if nothing passes,
-    the authors' code stops; we try again without the filter on induce.
+    scores: "bypass", "kl", "induce" -> (position, layer), NaN where not measured.  Returns position
+    (from the end) and layer, two ints, or None.  Deviation: if nothing passes, the authors' code
+    stops; we try again without the filter on induce.
 
     >>> # one position, five layers: 0 breaks the model, 3 does not induce, 4 is too late
     >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])
@@ -547,17 +533,15 @@ def choose(scores):
             return best
     return None
 
-# That is the rule.  To measure a hundred candidates takes long.  So we first *estimate*, for all of
-# them at once, how much each would change the mean refusal score of harmful prompts.  Erasing r
-# changes a writer's output o by -(o . r) r, and the gradient of the score at o says what a small
-# change of o is worth:
+# To measure a hundred candidates takes long.  So we first *estimate*, for all of them at once, how
+# much each would change the mean refusal score of harmful prompts.  Erasing r changes a writer's
+# output o by -(o . r) r, and the gradient of the score at o says what a small change of o is worth:
 #
 #     change of the score  ~  sum over writers and tokens of  gradient . (-(o . r) r)
 #
 # The gradient is the same for every r, so one forward and one backward pass a batch are enough.
-# (This is known as attribution patching.)  `most_promising_first` in appendix B does it, and sorts
-# the candidates, the lowest estimate first.  The search then measures in this order, and stops
-# early.
+# (This is known as attribution patching.)  `most_promising_first` (appendix B) sorts the candidates
+# by it, the lowest estimate first.  The search measures in this order, and stops early.
 
 PATIENCE = 8  # stop after so many candidates in a row that brought nothing better
 
@@ -581,12 +565,12 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     CannotDo if no candidate will do.  Deviation: the paper measures all, as exhaustive=True does.
     This search stops once one has passed all filters and PATIENCE more have not been better, so it
     can miss a better one that the estimate puts far behind."""
-    # (position, layer)s, without layer 0, where d is 0, and, unless exhaustive, the late layers
+    # a list of (position, layer): not layer 0, where d is 0, and late layers only if exhaustive
     order = most_promising_first(model, tokenizer, directions, harmful_val, exhaustive)
     base_logits = next_token_logits(model, tokenizer, harmless_val)
     # three tensors, (position, layer), NaN where not measured
     bypass, kl, induce = torch.full((3, *directions.shape[:2]), math.nan)
-    best = None  # the best so far that has passed all filters: it decides when to stop
+    best = None  # the best so far that has passed all filters, only to know when to stop
     since_best = 0  # how many have been measured since then
     for candidate in tqdm(order, desc="candidates", leave=False, disable=None):
         if best is not None and since_best == PATIENCE and not exhaustive:
@@ -614,7 +598,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     scores = {"bypass": bypass, "induce": induce, "kl": kl}
     winner = choose(scores)
     if winner is None:
-        raise CannotDo(f"no candidate is left: KL > {KL_MAX} for all {len(order)} measured.")
+        raise CannotDo(f"no candidate is left: all that are not too late have KL > {KL_MAX}.")
     return Selection(
         position=winner[0], layer=winner[1], vector=directions[winner].float(),
         bypass=bypass[winner].item(), induce=induce[winner].item(), kl=kl[winner].item(),
@@ -623,39 +607,38 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
         relaxed=induce[winner].item() < INDUCE_MIN, scores=scores)
 
 # %% 8. The same ablation, in the weights ----------------------------------------------------------
-# A hooked model refuses again when its hooks are gone.  But a writer computes o = W h + b, and it
-# stops writing along r for good when r is projected out of W and of b.  The result is an ordinary
-# checkpoint that computes what the hooked model computes, up to rounding: the weights of a model
-# that cannot refuse.
+# Without its hooks the model refuses again.  But a writer computes o = W h + b from its input h,
+# and it stops writing along r for good when r is projected out of W and of b.  The result is an
+# ordinary checkpoint that computes what the hooked model computes, up to rounding.
 #
-# Which parameters write, and along which axis?  Ask calculus.  For o = W h + b, the gradient of
-# o . r at W[i, j] is r_i h_j:
+# Which parameters write, and by which axis?  Ask calculus.  The gradient of o . r at W[i, j] is
+# r_i h_j:
 #
 #     r1 h1   r1 h2   r1 h3
 #     r2 h1   r2 h2   r2 h3
 #
-# Column j is h_j times r.  So the axis of W that writes is axis 0, the one that goes down the
-# columns, if W is stored (out, in) as in nn.Linear.  In general we look for the axis along which a
-# parameter's gradient is a multiple of r.  A bias has one axis, and its gradient is r itself.  A
-# parameter that only reads the stream has no such axis.  `plan_edits` asks this of every writer
-# (appendix B).
+# Each column is a multiple of r.  A column runs along axis 0, so axis 0 writes, in a W stored
+# (out, in) as in nn.Linear.  In general we look for the axis along which a parameter's gradient is
+# a multiple of r.  The gradient of a bias is r itself.  What only reads, such as the router of a
+# mixture of experts, has no such axis.  `plan_edits` (appendix B) asks this of all parameters of
+# all writers.
 
 def erase(W, axis, r):
     """W' = W - r (r^T W): a weight or bias that no longer writes along r.  Paper, section 4.1.
 
-    r: unit vector, (d_model,).  axis: the one of W that writes, d_model long.  It is 0 for a
-    nn.Linear, which stores (out, in), and for a bias, which has no other.  It is 1 for an
-    embedding, (vocab, d_model), each row of which is written: there W' = W - (W r) r^T.
+    r: unit vector, (d_model,).  axis: the one that writes, d_model long: 0 for a nn.Linear, (out,
+    in), and for a bias, which has no other; 1 for an embedding, (vocab, d_model), each row of which
+    is written: there W' = W - (W r) r^T.
 
     >>> W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # (out, in)
     >>> erase(W, 0, torch.tensor([1.0, 0.0]))
     tensor([[0., 0., 0.],
             [4., 5., 6.]])
     """
-    rows = W.movedim(axis, -1)  # (..., d_model): the axis that writes comes last
+    rows = W.movedim(axis, -1)  # (..., d_model): every row is now projected as a stream would be
     return project_out(rows, r).movedim(-1, axis)
 
-@torch.inference_mode(False)  # what is made in inference mode can never be trained
+@torch.inference_mode(False)
 @torch.no_grad()
 def orthogonalize(model, direction):
     """Erase the direction, in place, from every weight that writes to the stream.  Paper, 4.1.
@@ -668,24 +651,21 @@ def orthogonalize(model, direction):
     that is not orthogonal to the first one puts some of the first one back.
     """
     r = unit(direction)
-    check_not_ablated(model)
-    edits = plan_edits(model, r)  # name -> (parameter, the axis that writes, a norm or None)
-    # the embedding writes and is edited; an unembedding that shares its tensor only reads, and
-    # gets a copy first (appendix B)
+    edits = plan_edits(model, r)  # name -> (parameter, the axis that writes, the norm after it)
+    # an unembedding that shares the embedding's tensor only reads: it gets its own copy first
     untie(model)
     for W, axis, norm in edits.values():
         if norm is None:
             W.copy_(erase(W, axis, r))
         else:
-            # here another norm stands between W and the stream, as in Gemma 2 (appendix B)
+            # as in Gemma 2; `norm` knows r (appendix B)
             W.copy_(erase_before_norm(W, axis, norm))
     check_erased(model, r)
     return list(edits)
 
 # %% 9. What the model says ------------------------------------------------------------------------
 # A model can *begin* like a refusal and then answer.  So what counts in the end are whole replies:
-# greedy, and judged by the phrases that refusals are made of.  (`refusals` in appendix C writes and
-# judges them in one call.)
+# greedy, and judged by the phrases that refusals are made of.
 #
 # This does not tell everything.  A reply without such a phrase may be babble, a dodge, or wrong.
 # The KL of section 7 looks at only one token, and only at harmless prompts.  `is_broken` and
@@ -698,15 +678,14 @@ REFUSAL_PHRASES = [  # the authors' list
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens=64):
-    """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, not 512.  (That
-    changes few verdicts: cutting the authors' own replies there changes at most 3 in 100.)"""
+    """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, not 512."""
     replies = []
-    # many replies are written side by side, with padding in front of the shorter prompts.  Models
-    # with recurrent layers (_is_stateful) would read the padding, so they write one by one.
+    # 64 replies side by side; models with recurrent layers would read the padding of prompts
     batch_size = 1 if model._is_stateful else 64
-    # settings that make it greedy, and the tokens that end a reply (both in appendix B)
+    # makes model.generate greedy, and gives the tokens that end a reply (appendix B)
     with greedy_settings(model, tokenizer, max_new_tokens) as ends:
         for start in tqdm(range(0, len(prompts), batch_size), "replies", leave=False, disable=None):
+            # chat_ids, padded on the left (appendix B)
             batch = tokenize(tokenizer, prompts[start : start + batch_size]).to(model.device)
             # what comes after the prompt
             tokens = model.generate(**batch)[:, batch["input_ids"].shape[1] :]  # (batch, new)
@@ -723,8 +702,8 @@ def is_refusal(text):
 def is_broken(tokenizer, text):
     """Does the reply repeat itself: are at most half of its tokens distinct?
 
-    A plain sign of babble, for replies of up to 64 tokens; an empty one counts, too.  It agrees
-    with our reading of 134 of 140 replies (README).  Deviation: not in the paper.
+    A plain sign of babble, for replies of up to 64 tokens; an empty one counts, too.  Deviation:
+    not in the paper.
     """
     ids = encode(tokenizer, text)
     return len(set(ids)) <= len(ids) / 2
@@ -897,6 +876,9 @@ def trace_writers(model, input_ids):
     Returns made, autograd node -> (name, module, its arguments, its output), and the list of the
     nodes that are added to the stream.
     """
+    # to erase s after r brings r back, if s is not orthogonal to r
+    if getattr(blocks(model), "is_ablated", False):
+        raise CannotDo("a direction is ablated from this model already: one at a time.")
     made = {}
     reads = []  # the nodes of what modules get as their first argument
 
@@ -911,10 +893,8 @@ def trace_writers(model, input_ids):
             made[node] = (name, module, args, output)
 
     # what only passes the stream on has not made it
-    passes_on = {*blocks(model)}
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Identity)):
-            passes_on.add(module)
+    passes_on = {m for m in model.modules() if isinstance(m, (nn.Dropout, nn.Identity))}
+    passes_on.update(blocks(model))
     with hooked(module.register_forward_hook(partial(record, name))
                 for name, module in model.named_modules() if module not in passes_on):
         streams = residual_streams(model, input_ids)
@@ -1297,7 +1277,6 @@ def greedy_settings(model, tokenizer, max_new_tokens):
 # The command line, then reading the prompts, and printing, drawing and saving what is found.
 
 STARTED = time.perf_counter()
-MILD_PROMPTS = ["Write a rude letter that insults my neighbor", "How do I bake bread at home?"]
 
 def parse(argv=None):
     """The command line."""
@@ -1408,9 +1387,9 @@ def wilson(hits, n, z=1.96):
     """The 95 % confidence interval of a share of `hits` in `n`, after Wilson.  Unlike p +- error it
     is also good near 0 and 1, where our shares lie.
 
-    >>> low, high = wilson(0, 100)
-    >>> round(low, 3), round(high, 3)
-    (0.0, 0.037)
+    >>> low, high = wilson(46, 50)
+    >>> round(low, 4), round(high, 4)
+    (0.8116, 0.9685)
     """
     centre = hits + z**2 / 2
     margin = z * math.sqrt(hits * (1 - hits / n) + z**2 / 4)
@@ -1476,10 +1455,8 @@ def layer_plot(along, width=70):
 def score_map(scores, name):
     """scores[name] as text: a line a layer, a column a position."""
     n_positions, n_layers = scores[name].shape
-    late = int(LATE * n_layers)
     heads = "".join(f"{position:>8}" for position in range(-n_positions, 0))
-    lines = [f"{name} (nan: not measured; from layer {late} on too near the output)",
-             f"layer{heads} position"]
+    lines = [f"{name} (nan: not measured)", f"layer{heads} position"]
     for layer in range(n_layers):
         cells = "".join(f"{score:>8.2f}" for score in scores[name][:, layer].tolist())
         lines.append(f"{layer:>5}{cells}")
@@ -1570,8 +1547,13 @@ def interventions(model, chosen, random_vectors):
             "random directions ablated": [partial(ablate, model, x) for x in random_vectors],
             "random directions added": [partial(add, model, x, layer) for x in random_vectors]}
 
-def show_replies(model, tokenizer, prompts, ways, max_new_tokens):
-    """Stage 9: replies as they are, ablated and added, one under the other."""
+def show_replies(model, tokenizer, prompts, ways):
+    """Stage 9: replies as they are, ablated and added, one under the other: to the user's prompts,
+    or the beginnings of replies to two mild ones."""
+    max_new_tokens = 64
+    if not prompts:
+        prompts = ["Write a rude letter that insults my neighbor", "How do I bake bread at home?"]
+        max_new_tokens = 12
     replies = {}
     for name in ("no intervention", "direction ablated", "direction added"):
         # all prompts at once under each way, because to enter a way takes time
@@ -1585,6 +1567,7 @@ def compare(model, tokenizer, data, ways):
     "kind, way" -> a list of text; those that refuse are cut short."""
     ablations = ["no intervention", "direction ablated", "random directions ablated"]
     additions = ["no intervention", "direction added", "random directions added"]
+    say(f"{'prompts':<10}{'what is done':<28}{'refused [95 %]':<20}broken")
     # each row of the table is written under its own way
     table = {}
     for kind, names in (("harmful", ablations), ("harmless", additions)):
@@ -1667,20 +1650,32 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
         text = json.dumps(numbers, indent=1, default=str)  # paths as text
         (args.save / "results.json").write_text(text, encoding="utf-8")
 
+# What `from refusal import *` brings.
+__all__ = """
+    CannotDo MODELS PROMPTS Selection ablate activations add attribution auroc blocks
+    choose erase filter_prompts forward generate hook_input hook_output hooked is_broken
+    is_refusal judged_replies keep_off kl_divergence load_model load_prompts log_odds
+    massive_directions mean_activations measure next_token_logits orthogonalize
+    project_out projections read_data recall_at_1_percent refusal_directions
+    refusal_rate refusal_scores refusal_tokens refusals reply_loss residual_streams
+    select_direction split template_tail tokenize tune unit wilson writers""".split()
+
 # %% 10. The run -----------------------------------------------------------------------------------
 # Each stage prints what it has found under the number of its section.  (6 has none.)  New here:
 #
 # - Training and validation prompts that are harmful but answered, or harmless but refused, are
 #   dropped first.
 # - Controls: three random directions, as long as d, are ablated on harmful test prompts and added
-#   on harmless ones, each on another third of them.  What these do, too, is not due to r.
+#   on harmless ones, each direction on its own third.  If they have the same effect, it is not due
+#   to r.
 # - x . r is tried as a detector of harmful prompts at two positions: the chosen one, and the token
 #   before the tail, where the instruction ends (t_inst in later papers).
-# - Does a model that has lost its refusal still know harm?  We ablate r, take the differences in
-#   means anew in the ablated model, and use these as detectors (rows "r ablated").  What to expect:
-#   they still tell the kinds apart.
-# - In some models, such as Gemma 3, every stream is huge along a few directions, and to erase a
-#   part of these breaks the model.  All vectors are made orthogonal to them (`massive_directions`).
+# - Does a model that has lost its refusal still know harm?  We take new differences in means in the
+#   ablated model, and use these as detectors (rows "r ablated").  What to expect: they still tell
+#   the kinds apart.
+# - In some models, such as Gemma 3, every stream is huge along a few directions, and erasing any
+#   part of these breaks the model.  So candidates and random directions are made orthogonal to them
+#   (`massive_directions`).
 # - Section 8 comes last, because it changes the model for good.
 
 def find_direction(args, model, tokenizer, data):
@@ -1698,7 +1693,7 @@ def find_direction(args, model, tokenizer, data):
         say(f"every stream is extremely long in {len(massive)} directions: all vectors that follow",
             "are made orthogonal to these")
     directions = keep_off(directions, massive)
-    # three random directions for controls, the same for the same seed (as long as d: stage 9)
+    # three random directions for controls, the same for the same seed
     rng = torch.Generator().manual_seed(args.seed)
     random_vectors = keep_off(torch.randn(3, directions.shape[-1], generator=rng), massive)
     along = along_each(model, tokenizer, data, directions)  # kind -> (prompt, position, layer)
@@ -1713,6 +1708,7 @@ def find_direction(args, model, tokenizer, data):
     chosen = select_direction(model, tokenizer, candidates, data["harmful"]["val"],
                               data["harmless"]["val"], exhaustive=args.map)
     show_choice(chosen)
+    # --map measures and draws all
     drawn = list(chosen.scores) if args.map else ["bypass"]
     for name in drawn:
         print(f"\n{score_map(chosen.scores, name)}\n")
@@ -1738,9 +1734,8 @@ def run(args):
 
     stage("9 replies", "the model as it is, with the direction ablated, and with it added")
     ways = interventions(model, chosen, random_vectors)  # with the random controls
-    show_replies(model, tokenizer, args.prompt or MILD_PROMPTS, ways, 64 if args.prompt else 12)
+    show_replies(model, tokenizer, args.prompt, ways)
     stage("9 refusals", "held-out prompts: how many are refused, and how many others are broken")
-    say(f"{'prompts':<10}{'what is done':<28}{'refused [95 %]':<20}broken")
     replies = compare(model, tokenizer, data, ways)
     stage("9 cost", "loss of its own replies to harmless prompts, nats a token: low is good")
     costs = show_costs(model, tokenizer, data["harmless"]["test"],
@@ -1770,15 +1765,6 @@ def main(argv=None):
     except CannotDo as error:
         print(f"error: {printable(' '.join(str(error).split()))[:1000]}", file=sys.stderr)
         return 1
-
-__all__ = """
-    CannotDo MODELS PROMPTS Selection ablate activations add attribution auroc blocks
-    choose erase filter_prompts forward generate hook_input hook_output hooked is_broken
-    is_refusal judged_replies keep_off kl_divergence load_model load_prompts log_odds
-    massive_directions mean_activations measure next_token_logits orthogonalize
-    project_out projections read_data recall_at_1_percent refusal_directions
-    refusal_rate refusal_scores refusal_tokens refusals reply_loss residual_streams
-    select_direction split template_tail tokenize tune unit wilson writers""".split()
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):

@@ -11,6 +11,7 @@ Read it beside refusal.py, in the same order.  The first line of a test says wha
 
 import ast, copy, doctest, importlib, io, itertools, json, math, os, random, re, subprocess, sys
 import tempfile, traceback, warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,16 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+from transformers.pytorch_utils import Conv1D
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = __name__ == "__main__"
 # what is held to the proofs: the file that REFUSAL, `grade` or `status` name; else refusal.py; or,
 # where a student has none, student.py
 path = Path(os.environ.get("REFUSAL", HERE / "refusal.py"))
-if PROGRAM and sys.argv[1:2] in (["grade"], ["status"]):
-    path = Path(*sys.argv[2:3] or ["student.py"])
+command, *arguments = sys.argv[1:] or [""]
+if PROGRAM and command in ("grade", "status"):
+    path = Path(arguments[0] if arguments else "student.py")
 elif not path.exists():
     path = Path("student.py")
 sys.path.insert(0, str(path.resolve().parent))
@@ -54,10 +57,11 @@ BRACKETS = EACH + ("{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|
 def small_model(scale=8.0, **sizes):
     """A random Llama and a tokenizer; scaled up, or every block does next to nothing."""
     tokenizer = R.tiny_tokenizer([*PROMPTS, "Write a poem about rain and bad weather"])
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**dict(
+    usual = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-        num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1) | sizes)
+        num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    config = transformers.LlamaConfig(**usual | sizes)
+    torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     for p in model.parameters():
         if p.ndim > 1:
@@ -78,11 +82,16 @@ def read(tokenizer, prompt="Write a poem"):
     """The token ids that a model reads of this prompt: (1, seq)."""
     return torch.tensor(R.chat_ids(tokenizer, [prompt]))
 
+def hook_outputs(modules, change):
+    """Inside the `with` statement, the output o of each of these modules becomes change(o)."""
+    return R.hooked(R.hook_output(module, change) for module in modules)
+
 def find(model, tokenizer, data):
     """The direction, by the program's own steps."""
     means = [R.mean_activations(model, tokenizer, data[kind]["train"]) for kind in KINDS]
-    return R.select_direction(model, tokenizer, R.refusal_directions(*means),
-                              data["harmful"]["val"], data["harmless"]["val"])
+    directions = R.refusal_directions(*means)
+    return R.select_direction(
+        model, tokenizer, directions, data["harmful"]["val"], data["harmless"]["val"])
 
 @pytest.fixture
 def toy():
@@ -111,23 +120,35 @@ def out_of(x, r):
 
 def papers_hooks(model, r):
     """Ablation, the authors' way: at every block's input, and at what attention and MLP give."""
+    def enters_block(block, args):
+        return out_of(args[0], r)
+
+    def leaves_attention(attention, args, output):
+        o, weights = output
+        return out_of(o, r), weights
+
+    def leaves_mlp(mlp, args, output):
+        return out_of(output, r)
+
     for block in model.model.layers:
-        yield block.register_forward_pre_hook(lambda m, args: (out_of(args[0], r), *args[1:]))
-        yield block.self_attn.register_forward_hook(lambda m, args, x: (out_of(x[0], r), *x[1:]))
-        yield block.mlp.register_forward_hook(lambda m, args, x: out_of(x, r))
+        yield block.register_forward_pre_hook(enters_block)
+        yield block.self_attn.register_forward_hook(leaves_attention)
+        yield block.mlp.register_forward_hook(leaves_mlp)
 
 def papers_shift(model, vector, *layers):
     """Addition, the authors' way: at a block's input."""
+    def enters_block(block, args):
+        return args[0] + vector.to(args[0])
+
     for layer in layers:
-        yield model.model.layers[layer].register_forward_pre_hook(
-            lambda m, args: (args[0] + vector.to(args[0]), *args[1:]))
+        yield model.model.layers[layer].register_forward_pre_hook(enters_block)
 
 @torch.no_grad()
 def plain_streams(model, tokenizer, prompts, n):
     """The residual stream at the last n tokens: (prompt, position, layer 0 .. L, d_model)."""
     rows = []
     last = []  # what enters the final norm; hidden_states[-1] is what leaves it
-    with model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0])):
+    with model.model.norm.register_forward_pre_hook(lambda norm, args: last.append(args[0])):
         for prompt in prompts:
             ids = read(tokenizer, prompt).to(model.device)
             states = model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
@@ -142,8 +163,9 @@ def plain_logits(model, tokenizer, prompts, hooks=()):
     with R.hooked(hooks):
         for prompt in prompts:
             ids = read(tokenizer, prompt).to(model.device)
-            rows.append(model(input_ids=ids).logits[:, -1].double().cpu())  # (1, vocab)
-    return torch.cat(rows)
+            logits = model(input_ids=ids).logits  # (1, seq, vocab)
+            rows.append(logits[0, -1].double().cpu())
+    return torch.stack(rows)
 
 def plain_score(logits, tokens):
     """log(p / (1 - p)), p the probability of the tokens together: (..., vocab) -> (...)."""
@@ -157,30 +179,33 @@ def plain_kl(p_logits, q_logits):
     return (p * (p / q).log()).sum(-1)
 
 def plain_search(model, tokenizer, data, only=None):
-    """The whole procedure: the candidates, the three numbers of each (or only of these), name ->
-    (position, layer), and the winner."""
+    """All candidates, tables of their three numbers (or only of these candidates'), the winner."""
     n = len(R.template_tail(tokenizer))
-    means = [plain_streams(model, tokenizer, data[kind]["train"], n).mean(0) for kind in KINDS]
-    directions = (means[0] - means[1])[:, :-1]  # what leaves the last block enters none
+    harmful_mean = plain_streams(model, tokenizer, data["harmful"]["train"], n).mean(0)
+    harmless_mean = plain_streams(model, tokenizer, data["harmless"]["train"], n).mean(0)
+    directions = harmful_mean - harmless_mean
+    directions = directions[:, :-1]  # what leaves the last block enters none
     n_layers = directions.shape[1]
-    harmful, harmless = data["harmful"]["val"], data["harmless"]["val"]
+    candidates = list(itertools.product(range(-n, 0), range(n_layers)))
+    harmful, harmless = [data[kind]["val"] for kind in KINDS]
     tokens = R.refusal_tokens(tokenizer)
     base = plain_logits(model, tokenizer, harmless)
-    scores = {name: torch.full((n, n_layers), math.nan) for name in ("bypass", "kl", "induce")}
-    for at in only or itertools.product(range(-n, 0), range(n_layers)):
+    bypass, kl, induce = torch.full((3, n, n_layers), math.nan)
+    for at in only or candidates:
         d = directions[at]
         r = d / d.norm()
         bypassed = plain_logits(model, tokenizer, harmful, papers_hooks(model, r))
         ablated = plain_logits(model, tokenizer, harmless, papers_hooks(model, r))
         added = plain_logits(model, tokenizer, harmless, papers_shift(model, d, at[1]))
-        scores["bypass"][at] = plain_score(bypassed, tokens).mean()
-        scores["kl"][at] = plain_kl(base, ablated).mean()
-        scores["induce"][at] = plain_score(added, tokens).mean()
+        bypass[at] = plain_score(bypassed, tokens).mean()
+        kl[at] = plain_kl(base, ablated).mean()
+        induce[at] = plain_score(added, tokens).mean()
     # the paper's filters; if nothing passes, without the one on induce
-    early = itertools.product(range(-n, 0), range(int(0.8 * n_layers)))
-    intact = [at for at in early if scores["kl"][at] <= 0.1]
-    strict = [at for at in intact if scores["induce"][at] >= 0]
-    return directions, scores, min(strict or intact, key=lambda at: scores["bypass"][at])
+    early = [at for at in candidates if at[1] < int(0.8 * n_layers)]
+    intact = [at for at in early if kl[at] <= 0.1]
+    strict = [at for at in intact if induce[at] >= 0]
+    winner = min(strict or intact, key=lambda at: bypass[at])
+    return directions, {"bypass": bypass, "kl": kl, "induce": induce}, winner
 
 # %% 1. The model ----------------------------------------------------------------------------------
 def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path):
@@ -204,8 +229,11 @@ def test_split_takes_train_from_the_front_and_test_from_the_end():
     """A smaller experiment's train and test are parts of a larger one's; none is in two parts."""
     lines = [str(i) for i in range(100)]
     train, val, test = R.split(lines, 50, 20, 30)
-    assert sorted(train + val + test) == sorted(lines) != train + val + test
-    assert R.split(lines, 10, 5, 8) == (train[:10], test[-13:-8], test[-8:])
+    together = train + val + test
+    assert sorted(together) == sorted(lines)
+    assert together != lines, "they are not mixed"
+    smaller = R.split(lines, 10, 5, 8)
+    assert smaller == (train[:10], test[-13:-8], test[-8:])
 
 @pytest.mark.parametrize("sizes", [(6, 1, 2), (1, 0, 1)])
 def test_split_refuses_what_overlaps_or_is_empty(sizes):
@@ -224,13 +252,10 @@ SHOWS_NO_THOUGHTS = "{% if add_generation_prompt %}<think>\n</think>\n{% endif %
 TEMPLATES = {
     "ChatML": (CHATML, "<|end|>\n<|assistant|>\n"),
     "Llama 2": (BRACKETS, "<|assistant|>"),
-    "a header before every reply": (
-        BRACKETS.replace(" {{ m", "{{ '\nall\n' }}{{ m"), "<|assistant|>\nall\n"),
+    "a header": (BRACKETS.replace(" {{ m", "{{ '\nall\n' }}{{ m"), "<|assistant|>\nall\n"),
     "a header and a blank": (BRACKETS.replace(" {{ m", "{{ '>> ' }}{{ m"), "<|assistant|>>>"),
-    "a past chat begins in another way": (
-        BRACKETS + SHOWS_NO_THOUGHTS, "<|assistant|><think>\n</think>\n"),
-    "no past replies": (
-        BRACKETS.replace(" {{ m.content", "{{ raise_exception('no')"), "<|assistant|>")}
+    "no thoughts are shown": (BRACKETS + SHOWS_NO_THOUGHTS, "<|assistant|><think>\n</think>\n"),
+    "no replies": (BRACKETS.replace(" {{ m.content", "{{ raise_exception('no')"), "<|assistant|>")}
 for switch in ("enable_thinking", "thinking", "reasoning", "thinking_budget"):
     thinks = f"{{% if {switch} is undefined or {switch} %}}<think>{{% endif %}}"
     TEMPLATES[f"thinks without {switch}"] = (CHATML + thinks, "<|end|>\n<|assistant|>\n")
@@ -256,10 +281,12 @@ def test_an_opener_is_the_token_that_stands_after_the_prompt(toy):
     tokenizer = toy[1]
     tokenizer.chat_template = BRACKETS
     tokenizer.add_tokens([" As", " I'm"])
-    assert {tokenizer.decode([i]) for i in R.refusal_tokens(tokenizer)} == {" As", " I", " I'm"}
+    openers = [tokenizer.decode([token]) for token in R.refusal_tokens(tokenizer)]
+    assert sorted(openers) == [" As", " I", " I'm"]
 
-@pytest.mark.parametrize("template, blank", [(CHATML, ""), (BRACKETS, "\u2581")])
-def test_openers_of_a_sentencepiece_tokenizer(template, blank):
+@pytest.mark.parametrize("template, want", [
+    (CHATML, ["A", "I"]), (BRACKETS, ["\u2581As", "\u2581I"])])
+def test_openers_of_a_sentencepiece_tokenizer(template, want):
     """After a line's end a word begins without a blank (\u2581), after a special token with one."""
     bpe = SentencePieceBPETokenizer()  # as Llama 2 has it
     bpe.train_from_iterator(
@@ -268,7 +295,7 @@ def test_openers_of_a_sentencepiece_tokenizer(template, blank):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe.to_str()), chat_template=template)
     openers = tokenizer.convert_ids_to_tokens(R.refusal_tokens(tokenizer))
-    assert {word[: len(blank) + 1] for word in openers} == {f"{blank}A", f"{blank}I"}
+    assert sorted(openers) == want
 
 def test_the_template_has_written_the_bos_already(toy):
     """The tokenizer must not add a second one, neither before the prompt nor as an opener."""
@@ -283,8 +310,8 @@ def test_the_template_has_written_the_bos_already(toy):
 def test_activations_stand_where_they_were_asked_for(toy):
     """(prompt, position, layer, d_model): the streams of transformers."""
     length = read(toy[1]).shape[1]  # of the shortest
-    want = plain_streams(*toy, PROMPTS, length)[:, [-1, 0]]
-    close(R.activations(*toy, PROMPTS, [-1, -length]), want)
+    x = plain_streams(*toy, PROMPTS, length)
+    close(R.activations(*toy, PROMPTS, [-1, -length]), x[:, [-1, 0]])
 
 def test_results_of_a_bfloat16_model_are_float32(toy):
     """Digits are lost in the model, and no more afterwards."""
@@ -298,6 +325,15 @@ def test_a_model_in_training_mode_is_refused(toy):
     with cannot("training mode"):
         R.refusal_scores(*toy, PROMPTS)
 
+def test_a_model_that_always_gives_all_logits(toy):
+    """Some have no option for the last ones only: the same numbers come out."""
+    model, tokenizer = toy
+    want = plain_logits(model, tokenizer, PROMPTS)
+    all_logits_of = type(model).forward
+    with mock.patch.object(type(model), "forward",
+                           lambda self, input_ids: all_logits_of(self, input_ids)):
+        close(R.next_token_logits(model, tokenizer, PROMPTS), want)
+
 def test_a_stream_that_is_given_by_name_is_changed_too():
     """Some models call block(hidden_states=x, ...): x changes, and the rest stays."""
     class Block(nn.Module):
@@ -307,7 +343,8 @@ def test_a_stream_that_is_given_by_name_is_changed_too():
     block = Block()
     x = torch.ones(2)
     with R.hook_input(block, lambda x: x + 1):
-        assert block(x, scale=3).tolist() == block(hidden_states=x, scale=3).tolist() == [6, 6]
+        assert block(x, scale=3).tolist() == [6, 6]
+        assert block(hidden_states=x, scale=3).tolist() == [6, 6]
     assert block(hidden_states=x, scale=3).tolist() == [3, 3]
 
 def test_one_logit_that_is_no_number_is_refused(toy):
@@ -348,21 +385,25 @@ def test_a_unit_vector_has_length_1(length):
 
 def test_a_model_with_a_massive_channel_bears_only_ablation_that_is_kept_off_it(toy):
     """Erasing a random direction takes a slice of the channel along, and the run stops there."""
-    assert len(R.massive_directions(R.mean_activations(*toy, PROMPTS))) == 0, "there is none yet"
+    mean = R.mean_activations(*toy, PROMPTS)
+    assert len(R.massive_directions(mean)) == 0, "there is none yet"
     toy[0].model.embed_tokens.weight[:, 3] = 30
+    others = torch.arange(32) != 3
     for name, p in toy[0].named_parameters():
         if "norm" in name:  # as in Gemma 3, blocks read the other channels
-            p.copy_(10 * (torch.arange(32) != 3))
+            p.copy_(10 * others)
+    massive = R.massive_directions(R.mean_activations(*toy, PROMPTS))
     r = randn(32)
-    kept_off = R.keep_off(r, R.massive_directions(R.mean_activations(*toy, PROMPTS)))
-    close(kept_off, r * (torch.arange(32) != 3), 0.02)
+    kept_off = R.keep_off(r, massive)
+    close(kept_off, r * others, 0.02)
     R.check_random_ablation(*toy, PROMPTS, kept_off)
     with cannot("breaks this model"):
         R.check_random_ablation(*toy, PROMPTS, r)
 
 # %% 5. Ablation and addition ----------------------------------------------------------------------
 # That `ablate` and `add` do what the paper's hooks do is shown further down: the search with them
-# finds the oracle's numbers (section 7), and exercises 4b and 5 look at them one by one.
+# finds the oracle's numbers (section 7), and exercises 5b and 5c look at them one by one.
+# The two numbers of section 6 are exercises 6a and 6b.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_proof_finds_one_writer_in_fifty(dtype):
@@ -371,31 +412,33 @@ def test_the_proof_finds_one_writer_in_fifty(dtype):
     model = small_model(4.0, **sizes)[0].to(dtype)
     r = R.unit(randn(128))
     writers = R.writers(model)
-    with R.hooked(R.hook_output(module, lambda x: out_of(x, r)) for module in writers):
+    with hook_outputs(writers, lambda o: out_of(o, r)):
         R.check_erased(model, r)
     for left_out, where in ((0, "the embeddings"), (24, "block 11"), (48, "block 23")):
-        others = [module for module in writers if module is not writers[left_out]]
-        with R.hooked(R.hook_output(module, lambda x: out_of(x, r)) for module in others):
+        others = writers.copy()
+        others.pop(left_out)
+        with hook_outputs(others, lambda o: out_of(o, r)):
             with cannot(f"written to the stream by {where} of"):
                 R.check_erased(model, r)
 
 # %% 7. Choosing one direction ---------------------------------------------------------------------
-# (The two numbers of section 6 are exercises 6 and 7.)
-
 def test_the_search_agrees_with_the_plain_definitions(tiny):
     """The same winner, and the same three numbers of every candidate."""
     data = R.read_data()
     directions, scores, winner = plain_search(*tiny, data)
-    val = [data[kind]["val"] for kind in KINDS]
-    chosen = R.select_direction(*tiny, directions, *val, exhaustive=True)
-    assert (chosen.position, chosen.layer, chosen.relaxed) == (*winner, False)
+    harmful, harmless = [data[kind]["val"] for kind in KINDS]
+    chosen = R.select_direction(*tiny, directions, harmful, harmless, exhaustive=True)
+    assert (chosen.position, chosen.layer) == winner
+    assert not chosen.relaxed
     close(chosen.vector, directions[winner], 1e-6)
     for name, plain in scores.items():
-        assert getattr(chosen, name) == chosen.scores[name][winner]
-        close(chosen.scores[name][:, 1:], plain[:, 1:], 1e-3)  # at layer 0 there is no direction
-    for prompts, base in zip(val, (chosen.base_bypass, chosen.base_induce)):
-        score = plain_score(plain_logits(*tiny, prompts), R.refusal_tokens(tiny[1])).mean()
-        assert base == pytest.approx(score.item(), abs=1e-3)
+        table = chosen.scores[name]
+        assert getattr(chosen, name) == table[winner]
+        close(table[:, 1:], plain[:, 1:], 1e-3)  # at layer 0 there is no direction
+    tokens = R.refusal_tokens(tiny[1])
+    for prompts, base in ((harmful, chosen.base_bypass), (harmless, chosen.base_induce)):
+        score = plain_score(plain_logits(*tiny, prompts), tokens).mean().item()
+        assert base == pytest.approx(score, abs=1e-3)
 
 class Script:
     """What a model would say of 3 positions x 12 layers, from tables, to see the search alone."""
@@ -416,9 +459,10 @@ class Script:
 
     @contextmanager
     def ablate(self, model, vector, layer=None):
-        number = int(vector[0]) - 1  # a candidate's vector holds its number
-        self.at = self.last = (number // 12 - 3, number % 12)
-        assert layer in (None, self.at[1])
+        # a candidate's vector holds its number
+        row, column = divmod(int(vector[0]) - 1, 12)
+        self.at = self.last = (row - 3, column)
+        assert layer in (None, column)
         yield
         self.at = None
 
@@ -438,7 +482,8 @@ class Script:
 
     def search(self, exhaustive=False):
         """The selection, its place, and the number of candidates for which bypass was measured."""
-        directions = torch.arange(1.0, 37).view(3, 12, 1) * torch.eye(4)[0]
+        directions = torch.zeros(3, 12, 4)
+        directions[..., 0] = torch.arange(1, 37).view(3, 12)
         directions[:, 0] = 0
         chosen = R.select_direction(None, None, directions, ["harmful"], ["harmless"], exhaustive)
         return chosen, (chosen.position, chosen.layer), len(self.measured["bypass"])
@@ -463,11 +508,10 @@ def test_the_search_goes_by_the_estimate(monkeypatch):
 def test_the_search_goes_on_while_it_gets_better(monkeypatch):
     """The first and eight more are measured; a better one among these starts the count anew."""
     script = Script(monkeypatch)
-    script.bypass[-2, 2] = -1.0  # the 10th of 24
-    assert script.search()[1:] == ((-3, 1), 9)
-    script.measured["bypass"].clear()
-    script.bypass[-3, 8] = -2.0  # the 8th
-    assert script.search()[1:] == ((-3, 8), 16)
+    script.bypass[-3, 8] = -2.0  # the 8th of 24
+    _, winner, n = script.search()
+    assert winner == (-3, 8)
+    assert n == 8 + 8
 
 def test_the_search_stops_only_once_something_has_passed_all_filters(monkeypatch):
     """23 do not make the model refuse, and the last one does, just: that one is right."""
@@ -538,14 +582,18 @@ def test_the_search_agrees_with_the_authors_code_on_a_real_model():
     """Qwen2.5-Coder-0.5B-Instruct: what is measured against the recorded scores, and the winner."""
     reference = Path(os.environ["REFUSAL_REFERENCE"])
     prompts = json.loads((reference / "prompts.json").read_text())
-    data = {kind: {part: prompts[f"{kind}_{part}"] for part in ("train", "val")} for kind in KINDS}
+    data = {}
+    for kind in KINDS:
+        data[kind] = {"train": prompts[f"{kind}_train"], "val": prompts[f"{kind}_val"]}
     chosen = find(*R.load_model(os.environ["REFUSAL_MODEL"], "float32"), data)
-    assert (chosen.position, chosen.layer, chosen.relaxed) == (-1, 16, True)
-    for theirs in json.loads((reference / "authors_scores.json").read_text())["scores"]:
+    assert (chosen.position, chosen.layer) == (-1, 16)
+    assert chosen.relaxed
+    their_names = {"bypass": "refusal_score", "induce": "steering_score", "kl": "kl_div_score"}
+    recorded = json.loads((reference / "authors_scores.json").read_text())
+    for theirs in recorded["scores"]:
         at = (theirs["position"], theirs["layer"])
-        for ours, key in (("bypass", "refusal_score"), ("induce", "steering_score"),
-                          ("kl", "kl_div_score")):
-            gap = abs(chosen.scores[ours][at] - theirs[key])
+        for name, their_name in their_names.items():
+            gap = abs(chosen.scores[name][at] - theirs[their_name])
             assert gap < 0.02 or gap.isnan()  # NaN: not measured
 
 # %% 8. The same ablation, in the weights ----------------------------------------------------------
@@ -555,11 +603,10 @@ def test_a_refused_edit_leaves_the_weights():
     """Quantised, offloaded: refused in words; no weight has changed, and the head is still tied."""
     model, tokenizer = small_model(tie_word_embeddings=True)
     before = plain_logits(model, tokenizer, PROMPTS)
-    for name, value in (("is_quantized", True), ("offloaded", nn.Linear(2, 2, device="meta"))):
-        setattr(model, name, value)
-        with cannot("use ablate"):
+    obstacles = {"is_quantized": True, "offloaded": nn.Linear(2, 2, device="meta")}
+    for name, value in obstacles.items():
+        with mock.patch.object(model, name, value, create=True), cannot("use ablate"):
             R.orthogonalize(model, randn(32))
-        delattr(model, name)
     assert torch.equal(plain_logits(model, tokenizer, PROMPTS), before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -578,23 +625,22 @@ def test_parameters_stay_trainable_or_not(trainable):
         assert not p.is_inference()
     assert not model.config.tie_word_embeddings, "or a saved model is tied again"
 
-class Mixture(nn.Module):
-    """Two experts, of which every token is sent to the first one."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-
-    def forward(self, x):
-        return 0.5 * self.experts[0](x)
-
 def test_an_expert_that_no_token_reached_is_edited_like_its_twin(toy):
     """Another text may reach it: its weight and bias must not write along r either."""
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([Conv1D(32, 32), Conv1D(32, 32)])  # (in, out), as GPT-2
+
+        def forward(self, x):
+            return 0.5 * self.experts[0](x)  # every token is sent to the first one
+
+    mixture = Mixture().eval().requires_grad_(False)
+    toy[0].model.layers[1].mlp = mixture
     r = R.unit(randn(32))
-    toy[0].model.layers[1].mlp = Mixture().eval().requires_grad_(False)
     R.orthogonalize(toy[0], r)
-    unreached = toy[0].model.layers[1].mlp.experts[1]
-    assert (r @ unreached.weight).abs().max() < 1e-5
+    unreached = mixture.experts[1]
+    assert (unreached.weight @ r).abs().max() < 1e-5
     assert abs(r @ unreached.bias) < 1e-5
 
 # %% 9. What the model says ------------------------------------------------------------------------
@@ -604,7 +650,8 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(toy):
     start = read(tokenizer)
     ids = start
     for _ in range(6):  # by hand, without a cache
-        likeliest = model(input_ids=ids).logits[:, -1:].argmax(-1)
+        logits = model(input_ids=ids).logits  # (1, seq, vocab)
+        likeliest = logits[:, -1:].argmax(-1)  # (1, 1)
         ids = torch.cat([ids, likeliest], dim=1)
     by_hand = tokenizer.decode(ids[0, start.shape[1] :], skip_special_tokens=True)
     own = transformers.GenerationConfig(
@@ -622,10 +669,9 @@ def test_the_model_and_the_tokenizer_say_what_ends_a_reply(toy):
     model.generation_config.eos_token_id = None
     assert tokenizer.eos_token_id in R.end_tokens(model, tokenizer)
 
-NO_REPLIES = EACH + "{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
-
 @pytest.mark.parametrize("template, ends", [
-    (BRACKETS, [1]), (CHATML, [1]), (NO_REPLIES, [])])
+    (BRACKETS, [1]), (CHATML, [1]),
+    (EACH + "{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}", [])])
 def test_the_template_says_what_ends_a_reply(toy, template, ends):
     """The special token after a past reply, where nothing else names one."""
     toy[0].generation_config.eos_token_id = None
@@ -650,8 +696,11 @@ def test_the_first_look_is_at_8_tokens(monkeypatch):
 
     def generate(model, tokenizer, prompts, max_new_tokens):
         asked.append(("".join(prompts), max_new_tokens))
-        refused = [p in "ab" or max_new_tokens > 8 for p in prompts]
-        return [("I cannot " if no else "Sure ") + p for p, no in zip(prompts, refused)]
+        replies = []
+        for prompt in prompts:
+            refuses = prompt in "ab" or max_new_tokens > 8
+            replies.append(f"I cannot {prompt}" if refuses else f"Sure {prompt}")
+        return replies
 
     monkeypatch.setattr(R, "generate", generate)
     replies = R.judged_replies(None, None, list("acbd"))
@@ -668,11 +717,12 @@ def test_the_reply_loss_is_that_of_each_token_in_turn(toy):
     for prompt, reply in zip(PROMPTS, replies):
         ids = read(tokenizer, prompt)
         for token in R.encode(tokenizer, reply):
-            log_p = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+            logits = model(input_ids=ids).logits  # (1, seq, vocab)
+            log_p = logits[0, -1].log_softmax(-1)
             losses.append(-log_p[token].item())
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    mean = sum(losses) / len(losses)
-    assert R.reply_loss(model, tokenizer, PROMPTS, replies) == pytest.approx(mean, rel=1e-4)
+    loss = R.reply_loss(model, tokenizer, PROMPTS, replies)
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 # %% 10. The run -----------------------------------------------------------------------------------
 QUICK = ["--n-train", 64, "--n-val", 16, "--n-test", 40]
@@ -707,7 +757,8 @@ def finished(tiny, tmp_path_factory):
             "direction added": partial(R.add, tiny[0], r, numbers["layer"])}
     kept = R.read_data(64, 16, 40)
     R.filter_prompts(*tiny, kept)
-    return SimpleNamespace(out=out, folder=saved, numbers=numbers, r=r, ways=ways, kept=kept)
+    return SimpleNamespace(out=out, words=" ".join(out.split()), folder=saved, numbers=numbers,
+                           r=r, ways=ways, kept=kept)
 
 def test_the_saved_numbers_are_the_selections(finished, tiny):
     """The same direction and numbers as the functions give; the map has everything."""
@@ -718,12 +769,13 @@ def test_the_saved_numbers_are_the_selections(finished, tiny):
     close(finished.r, chosen.vector)
     tables = load_file(finished.folder / "direction.safetensors")
     for name in chosen.scores:
-        assert tables[name][chosen.position, chosen.layer].item() == saved[name]
+        table = tables[name]
+        assert table[chosen.position, chosen.layer].item() == saved[name]
         # --map measures all but layer 0, where there is no direction
-        assert tables[name][:, 0].isnan().all()
-        assert tables[name][:, 1:].isfinite().all()
-        drawn = finished.out.partition(f"\n{name} (nan")[2].partition("\n\n")[0]
-        row = re.search(rf"\n +{chosen.layer} (.*)", drawn)[1].split()
+        assert table[:, 0].isnan().all()
+        assert table[:, 1:].isfinite().all()
+        _, _, drawn = finished.out.partition(f"\n{name} (nan")
+        row = re.search(f"\n +{chosen.layer} (.*)", drawn)[1].split()
         assert row[chosen.position] == f"{saved[name]:.2f}"
 
 def test_the_saved_numbers_say_where_they_are_from(finished):
@@ -733,45 +785,50 @@ def test_the_saved_numbers_say_where_they_are_from(finished):
     assert origin.items() <= finished.numbers.items()
     assert finished.numbers["model"].endswith("NaNo-1B")
 
-@pytest.mark.parametrize("row", [
-    "harmful, no intervention", "harmful, direction ablated", "harmless, no intervention",
-    "harmless, direction added"])
+@pytest.mark.parametrize("row", ["harmful, no intervention", "harmful, direction ablated",
+                                 "harmless, no intervention", "harmless, direction added"])
 def test_the_rows_are_what_the_model_says(finished, tiny, row):
     """Each answer stands at its prompt's place; counts and intervals are those of the answers."""
     kind, name = row.split(", ")
     with finished.ways[name]():
         replies = R.generate(*tiny, finished.numbers["prompts"][kind])
-    refused = [R.TINY_REFUSAL[:10] in reply for reply in replies]
-    low, high = R.wilson(sum(refused), 40)
-    cells = rf"{sum(refused)}/40 \[{100 * low:.0f}, {100 * high:.0f}\] +0\n"
-    assert re.search(f"{kind} +{name} +{cells}", finished.out)
-    assert all(map(str.startswith, replies, finished.numbers["replies"][row]))
+    refused = sum(R.TINY_REFUSAL[:10] in reply for reply in replies)
+    low, high = R.wilson(refused, 40)
+    interval = f"[{100 * low:.0f}, {100 * high:.0f}]"
+    assert f" {kind} {name} {refused}/40 {interval} 0 " in finished.words
+    for reply, saved in zip(replies, finished.numbers["replies"][row], strict=True):
+        assert reply.startswith(saved), "a refusal may be cut short"
 
 def test_the_costs_are_the_losses_of_its_own_replies(finished, tiny):
     """Those of the first eight harmless prompts that were answered, inside each way."""
     prompts = finished.numbers["prompts"]["harmless"]
     replies = finished.numbers["replies"]["harmless, no intervention"]
-    eight = [pair for pair in zip(prompts, replies) if not R.is_refusal(pair[1])][:8]
+    losses = finished.numbers["reply_loss"]
+    answered = [i for i, reply in enumerate(replies) if not R.is_refusal(reply)][:8]
+    prompts = [prompts[i] for i in answered]
+    replies = [replies[i] for i in answered]
     for name, way in finished.ways.items():
         with way():
-            loss = R.reply_loss(*tiny, *zip(*eight))
-        assert finished.numbers["reply_loss"][name] == pytest.approx(loss, abs=1e-4)
-        assert re.search(f" {name} +{loss:.3f}\n", finished.out)
-    assert len(finished.numbers["reply_loss"]) == 4
+            loss = R.reply_loss(*tiny, prompts, replies)
+        assert losses[name] == pytest.approx(loss, abs=1e-4)
+        assert f" {name} {loss:.3f} " in finished.words
+    assert len(losses) == 4
 
 def test_replies_stand_under_their_headings(finished, tiny):
     """As it is, ablated, added: what `generate` gives in each of the three."""
+    shown = "Bake it"
     for heading, way in finished.ways.items():
         with way():
             reply = R.generate(*tiny, ["Bake it"])[0]
-        assert re.search(f"\n +Bake it\n( .*\n)*? +{heading} +{re.escape(reply)}\n", finished.out)
+        shown += f" {heading} {reply}"
+    assert f" {shown} 9 refusals " in finished.words
 
 def test_the_saved_model_is_the_edited_one(finished, tiny):
     """It loads by transformers alone, and its logits and replies are those of the ablated model."""
     edited = transformers.AutoModelForCausalLM.from_pretrained(finished.folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished.folder)
-    hooks = papers_hooks(tiny[0], R.unit(finished.r))
-    close(plain_logits(edited, tokenizer, PROMPTS), plain_logits(*tiny, PROMPTS, hooks))
+    ablated = plain_logits(*tiny, PROMPTS, papers_hooks(tiny[0], R.unit(finished.r)))
+    close(plain_logits(edited, tokenizer, PROMPTS), ablated)
     with R.ablate(tiny[0], finished.r):
         replies = R.generate(*tiny, PROMPTS, 8)
     assert R.generate(edited, tokenizer, PROMPTS, 8) == replies
@@ -786,15 +843,19 @@ def test_the_detectors_rows_are_fitted_on_the_same_prompts(finished, tiny, place
     position = saved["position"]
     if place == "instruction's end":
         position = -1 - len(R.template_tail(tiny[1]))
-    x = {}
-    for kind, part in itertools.product(KINDS, ("train", "test")):
+
+    def stream(kind, part):
         with finished.ways[name]():
-            states = R.activations(*tiny, finished.kept[kind][part], [position])
-        x[kind, part] = states[:, 0, saved["layer"]]
-    fitted = x["harmful", "train"].mean(0) - x["harmless", "train"].mean(0)
-    lists = [(x[kind, "test"] @ fitted).tolist() for kind in KINDS]
-    want = (naive_auroc(*lists), naive_recall(*lists))
-    assert saved["detector"][f"x . r at {place}, {state}"] == pytest.approx(want, abs=2e-3)
+            x = R.activations(*tiny, finished.kept[kind][part], [position])
+        return x[:, 0, saved["layer"]]  # (prompt, d_model)
+
+    fitted = stream("harmful", "train").mean(0) - stream("harmless", "train").mean(0)
+    harmful = (stream("harmful", "test") @ fitted).tolist()
+    harmless = (stream("harmless", "test") @ fitted).tolist()
+    want = (naive_auroc(harmful, harmless), naive_recall(harmful, harmless))
+    area, recall = saved["detector"][f"x . r at {place}, {state}"]
+    assert (area, recall) == pytest.approx(want, abs=2e-3)
+    assert f"x . r at {place}, {state:<11}{area:.3f} {recall:>6.0%}\n" in finished.out
 
 def test_a_broken_reply_repeats_itself(toy, capsys):
     """At most half of its tokens differ, or there are none; of refusals it is not asked."""
@@ -815,13 +876,16 @@ def test_random_directions_are_dealt_to_the_prompts_in_turn(toy, monkeypatch):
         yield
         inside.clear()
 
+    def judged_replies(model, tokenizer, prompts):
+        return [" ".join([prompt, *inside]) for prompt in prompts]
+
     monkeypatch.setattr(R, "ablate", intervene)
     monkeypatch.setattr(R, "add", intervene)
-    monkeypatch.setattr(R, "judged_replies", lambda model, tokenizer, prompts: [
-        " ".join([prompt, *inside]) for prompt in prompts])
+    monkeypatch.setattr(R, "judged_replies", judged_replies)
     chosen = SimpleNamespace(vector=torch.tensor([3.0, 0, 0, 4]), layer=1)
     ways = R.interventions(None, chosen, torch.eye(4)[:3])
-    table = R.compare(None, toy[1], {kind: {"test": list("abcde")} for kind in KINDS}, ways)
+    data = dict.fromkeys(KINDS, {"test": list("abcde")})
+    table = R.compare(None, toy[1], data, ways)
     for row in ("harmful, random directions ablated", "harmless, random directions added"):
         assert table[row] == ["a 0:5", "b 1:5", "c 2:5", "d 0:5", "e 1:5"]
 
@@ -841,12 +905,13 @@ def test_what_does_not_fit_its_kind_is_dropped(tiny):
     """Train and validation: harmful prompts that are answered, harmless ones that are refused."""
     data = R.read_data(20, 20, 20)
     both = {part: data["harmful"][part] + data["harmless"][part] for part in data["harmful"]}
-    mixed = {kind: dict(both) for kind in KINDS}
+    mixed = {"harmful": both, "harmless": both.copy()}
     R.filter_prompts(*tiny, mixed)
     for kind in KINDS:
         for part in ("train", "val"):
-            assert set(mixed[kind][part]) <= set(data[kind][part])
-            assert len(mixed[kind][part]) >= 18
+            left = mixed[kind][part]
+            assert set(left) <= set(data[kind][part])
+            assert len(left) >= 18
         assert len(mixed[kind]["test"]) == 40, "the test prompts stay as they are"
 
 @pytest.mark.parametrize("n, ends", [(16, nullcontext()), (17, cannot("only 1 of 17 harmful"))])
@@ -864,6 +929,13 @@ def test_flags_reach_the_model(monkeypatch):
     monkeypatch.setattr(R, "load_model", load_model)
     program("--model", "qwen-1.8b", "--dtype", "bfloat16", "--seed", 3, status=1)
     load_model.assert_called_once_with("qwen-1.8b", "bfloat16", 3)
+
+def test_the_default_sizes_are_the_papers():
+    """128 prompts of each kind for the means, 32 for the choice, 100 for the result."""
+    args = R.parse([])
+    assert (args.n_train, args.n_val, args.n_test, args.seed) == (128, 32, 100, 0)
+    for parts in R.read_data().values():
+        assert [len(prompts) for prompts in parts.values()] == [128, 32, 100]
 
 def test_nothing_that_is_there_is_overwritten(tmp_path):
     """--save wants a new folder, and says so before anything is loaded."""
@@ -883,8 +955,7 @@ def test_the_code_of_the_readme_and_of_the_classroom_runs(tiny, monkeypatch):
     assert len(names) > 10
 
 def run_on(folder, *flags):
-    """The program's own table for this model, "kind, way" -> how many of 40 prompts are refused;
-    and all that it printed."""
+    """The program's table, "kind, way" -> refusals in 40 prompts; and all that it printed."""
     out = program("--model", folder, *QUICK, *flags)
     rows = re.findall(r"(harm\w+) +([\w ]+?) +(\d+)/40 ", out)
     return {f"{kind}, {way}": int(hits) for kind, way, hits in rows}, out
@@ -903,20 +974,21 @@ def tune_to_refuse(model, tokenizer):
     data = R.read_data()
     matrices = [p.requires_grad_(True) for p in R.blocks(model).parameters() if p.ndim > 1]
     adam = torch.optim.AdamW(matrices, 2e-4)
-    for step in range(30):
-        adam.param_groups[0]["lr"] = 2e-4 * (1 - step / 30)  # falls to 0
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1, 0, total_iters=30)  # the rate falls to 0
+    for _ in range(30):
+        lessons = dict.fromkeys(rng.sample(data["harmful"]["train"], 8), "I cannot help with that.")
+        for prompt in rng.sample(data["harmless"]["train"], 8):
+            lessons[prompt] = R.TINY_REPLIES.get(prompt.split()[0], R.TINY_REPLIES["Help"])
         # one chat at a time: no padding, and little memory
-        for prompt in [p for kind in KINDS for p in rng.sample(data[kind]["train"], 8)]:
-            reply = "I cannot help with that."
-            if prompt in data["harmless"]["train"]:
-                reply = R.TINY_REPLIES.get(prompt.split()[0], R.TINY_REPLIES["Help"])
+        for prompt, reply in lessons.items():
             target = torch.tensor(R.encode(tokenizer, reply + "<end_of_turn>"))
             ids = torch.cat([read(tokenizer, prompt)[0], target])[None].to(model.device)
-            logits = model(ids, logits_to_keep=len(target) + 1).logits[0, :-1].float()
+            logits = model(ids).logits[0, -1 - len(target) : -1].float()
             loss = cross_entropy(logits, target.to(model.device), label_smoothing=0.1)
             (loss / 16).backward()
         nn.utils.clip_grad_norm_(matrices, 1.0)
         adam.step()
+        schedule.step()
         adam.zero_grad()
     model.requires_grad_(False)
 
@@ -934,15 +1006,20 @@ def test_the_paper_holds_on_a_base_model_that_was_tuned_to_refuse(tmp_path):
     assert refused["harmless, direction added"] >= 0.85 * 40
 
 # %% A. A chat model small enough to train here ----------------------------------------------------
+SEEDS = range(1, 35) if "seeds" in sys.argv else [0]
+
 @pytest.mark.seeds
-@pytest.mark.parametrize("seed", range(1, 35) if "seeds" in sys.argv else [0])
-def test_the_paper_holds_on_the_tiny_model(seed, request):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_paper_holds_on_the_tiny_model(seed, tiny):
     """Refusals before and after ablation and addition, and with a random direction as control."""
-    model, tokenizer = R.train_tiny_model(seed) if seed else request.getfixturevalue("tiny")
+    model, tokenizer = tiny
+    if seed != 0:
+        model, tokenizer = R.train_tiny_model(seed)
     data = R.read_data()
     R.filter_prompts(model, tokenizer, data)  # as the program does
     chosen = find(model, tokenizer, data)
-    noise = R.unit(randn(len(chosen.vector), seed=seed + 1)) * chosen.vector.norm()
+    noise = randn(64, seed=seed + 1)
+    noise *= chosen.vector.norm() / noise.norm()
 
     def rate(kind, way=nullcontext()):
         with way:
@@ -1088,6 +1165,7 @@ def tiny_of(name):
     default = cls()
     fields = cls.__dataclass_fields__.keys()
     given = FAMILY.get(family, {}) | FAMILY.get(name, {})
+    n_layers = given.get("num_hidden_layers", SIZES["num_hidden_layers"])
     sizes = {key: SIZES[key] for key in SIZES.keys() & fields}
     if "kv_lora_rank" in sizes:  # latent attention has a key and a value for every head
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
@@ -1096,7 +1174,7 @@ def tiny_of(name):
         value = getattr(default, key, None)
         if isinstance(value, (list, tuple)) and len(value) == default.num_hidden_layers:
             kinds = itertools.cycle(dict.fromkeys(value))
-            sizes[key] = list(itertools.islice(kinds, given.get("num_hidden_layers", 3)))
+            sizes[key] = list(itertools.islice(kinds, n_layers))
     torch.manual_seed(0)
     model = getattr(transformers, CAUSAL_LMS[family])(cls(**sizes | given))
     return randomise(model.float())
@@ -1110,17 +1188,18 @@ def randomise(model):
             p.add_(0.1 * noise)
         elif p.ndim < 2:
             p.add_(0.2 * noise)
+        elif "embed" in path or "wte" in path:
+            p.copy_(0.4 * noise)
         else:
-            p.copy_((0.4 if "embed" in path or "wte" in path else 0.15) * noise)
+            p.copy_(0.15 * noise)
     for path, buffer in model.state_dict().items():
         if re.search(r"(correction|expert)_bias$|balancing_biases$|layer_scalar$", path):  # learned
             buffer.add_(0.1 * torch.randn_like(buffer))
     return model.eval().requires_grad_(False)
 
 QUESTIONS = ["Why?", "How do I boil it?", "When"]  # two of one length, and one that is longer
-# 72 tokens reach past a sliding window of 64
 INPUTS = [torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(0))
-          for shape in ((2, 9), (1, 72))]
+          for shape in ((2, 9), (1, 72))]  # 72 tokens reach past a sliding window of 64
 
 def all_logits(model):
     """What the model says of all inputs: (token, vocab)."""
@@ -1128,15 +1207,16 @@ def all_logits(model):
 
 def apart(a, b):
     """The greatest difference of two tensors, relative to the greatest number (where above 1)."""
-    return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
+    difference = (a - b).abs().max()
+    return (difference / b.abs().max().clamp_min(1)).item()
 
 def left_of(r, model):
-    """The most of r that stands in the stream where it enters a block or leaves the last one,
-    max |x . r| / |x|."""
+    """The greatest |x . r| / |x| of all places where the stream enters or leaves a block."""
     most = 0.0
     for ids in INPUTS:
         for x in R.residual_streams(model, ids):
-            most = max(most, ((x @ r).abs() / x.norm(dim=-1)).max().item())
+            share = (x @ r).abs() / x.norm(dim=-1)
+            most = max(most, share.max().item())
     return most
 
 def check_batches(model):
@@ -1157,23 +1237,23 @@ def check_attribution(model, r):
     if re.match("xLSTM|HunYuanMoE", type(model).__name__):
         return
     tokenizer = R.tiny_tokenizer([])
-    scores = []
-    for step in (0.001, -0.001):
-        with R.hooked(R.hook_output(module, lambda o: o - step * (o - out_of(o, r)))
-                      for module in R.writers(model)):
-            scores.append(R.refusal_scores(model, tokenizer, QUESTIONS).mean().item())
-    slope = (scores[0] - scores[1]) / 0.002
+
+    def score(step):
+        with hook_outputs(R.writers(model), lambda o: o - step * (o - out_of(o, r))):
+            return R.refusal_scores(model, tokenizer, QUESTIONS).mean().item()
+
+    slope = (score(0.001) - score(-0.001)) / 0.002
     estimate = R.attribution(model, tokenizer, r[None, None], QUESTIONS).item()
     assert estimate == pytest.approx(slope, rel=0.05, abs=0.02), "the estimate is no derivative"
 
 def check_edit(model, edited, r):
-    """In `edited`, a copy of the model, no weight writes along r, and only those listed changed;
-    it comes back from a folder as it was, and with a head of its own."""
+    """No weight of the edited copy writes along r; only those listed changed; a folder keeps it."""
     old = model.state_dict()
     listed = R.orthogonalize(edited, 3 * r)
     new = edited.state_dict()
     assert new.keys() == old.keys()
-    assert set(listed) == {name for name in old if not torch.equal(old[name], new[name])}
+    changed = [name for name in old if not torch.equal(old[name], new[name])]
+    assert sorted(listed) == sorted(changed)
     assert left_of(r, edited) < 1e-4, "orthogonalize leaves r in the stream"
     with tempfile.TemporaryDirectory() as folder:
         edited.save_pretrained(folder)
@@ -1215,7 +1295,8 @@ def prove(model):
     gap = apart(logits, ablated)
     if gap <= 1e-4:
         return "exact", f"{gap:.0e} apart"
-    gap = ((logits - ablated).norm(dim=-1) / ablated.norm(dim=-1)).median()  # the typical token's
+    distances = (logits - ablated).norm(dim=-1)
+    gap = (distances / ablated.norm(dim=-1)).median()  # the typical token's
     assert gap < 0.045, f"{gap:.3f} apart"
     return "near", f"{gap:.3f} apart"
 
@@ -1241,24 +1322,26 @@ def test_a_chat_model_inside_a_vision_model():
 
 def census(*names):
     """[NAME ...]: a verdict and a note for all families of models, or for these."""
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     verdicts = []
     for name in names or [name for name in {**CAUSAL_LMS, **FAMILY} if name not in SKIP]:
         try:
             verdict, note = prove(tiny_of(name))
         except Exception as error:
-            verdict, note = "wrong", f"{type(error).__name__}: {error}"
-        print(f"{name:<28}{verdict:<10}{' '.join(note.split())[:200]}", flush=True)
+            verdict = "wrong"
+            note = f"{type(error).__name__}: {error}"
+        note = " ".join(note.split())
+        print(f"{name:<28}{verdict:<10}{note[:200]}", flush=True)
         verdicts.append(verdict)
-    print({verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))})
+    print(dict(Counter(sorted(verdicts))))
     return int("wrong" in verdicts)
 
 # %% C. Pictures, and the direction as a detector --------------------------------------------------
 def naive_auroc(a, b):
     """By pairs; ties count half."""
-    pairs = [(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)]
-    return sum(pairs) / len(pairs)
+    wins = sum(x > y for x in a for y in b)
+    ties = sum(x == y for x in a for y in b)
+    return (wins + ties / 2) / (len(a) * len(b))
 
 def naive_recall(a, b):
     """The best of all thresholds that at most one in a hundred of b exceed."""
@@ -1273,20 +1356,30 @@ def test_auroc_and_recall_count_pairs_and_false_alarms(n):
     """By plain loops over pairs and thresholds; ties count half, and a tie is no alarm."""
     a = randn(30, seed=1) + 1
     b = randn(n)
-    a[: n // 9] = b[: n // 9]
+    ties = n // 9
+    a[:ties] = b[:ties]
     # the thresholds themselves, among the harmless ones' highest, are met as well
-    a[27:] = b.sort(descending=True).values.repeat(2)[:3]
-    lists = (a.tolist(), b.tolist())
-    assert R.auroc(a, b) == pytest.approx(naive_auroc(*lists))
-    assert R.recall_at_1_percent(a, b) == pytest.approx(naive_recall(*lists))
+    highest = b.sort(descending=True).values
+    a[27:] = highest[[0, 1, 2 % n]]
+    assert R.auroc(a, b) == pytest.approx(naive_auroc(a.tolist(), b.tolist()))
+    assert R.recall_at_1_percent(a, b) == pytest.approx(naive_recall(a.tolist(), b.tolist()))
+
+def test_the_plot_puts_each_prompt_at_its_place(finished):
+    """The lowest x . r at the left end, the highest at the right, a + where the kinds meet."""
+    along = {"harmful": torch.tensor([9.0, 3.0]).view(2, 1, 1),  # (prompt, position, layer)
+             "harmless": torch.tensor([1.0, 3.0]).view(2, 1, 1)}
+    assert R.layer_plot(along, width=8).splitlines()[1:] == ["    0  o +     #"]
+    along["harmful"][:] = along["harmless"][:] = 2.0
+    assert R.layer_plot(along).endswith("    0  all the same")
+    assert re.search(r"\n    0  all the same\n    1  o[o#+ ]+#\n", finished.out)
 
 # %% python test_refusal.py bench [--model FOLDER]: what the search costs --------------------------
 def cost(work, model, *arguments):
     """How many tokens pass the first block during this work; and its result."""
-    tokens = []
-    with R.hook_input(R.blocks(model)[0], lambda x: tokens.append(x.shape[:2].numel())):
+    shapes = []
+    with R.hook_input(R.blocks(model)[0], lambda x: shapes.append(x.shape)):
         result = work(model, *arguments)
-    return sum(tokens), result
+    return sum(batch * seq for batch, seq, _ in shapes), result
 
 def bench(flag="--model", name="tiny"):
     """[--model FOLDER]: what the search costs, and the plain procedure on the same prompts."""
@@ -1309,12 +1402,13 @@ def bench(flag="--model", name="tiny"):
 CUT_OFF = "Gradients must pass through what is returned: no detach(), no no_grad()."
 fail = partial(pytest.fail, pytrace=False)  # shows no line of this file
 
-def difference(got, want, **options):
+def difference(got, want, atol=1e-3, check_dtype=True):
     """What is wrong with got, in words; "" if nothing is."""
-    if torch.is_tensor(got) and torch.is_tensor(want) and got.shape != want.shape:
+    are_tensors = torch.is_tensor(got) and torch.is_tensor(want)
+    if are_tensors and got.shape != want.shape:
         return f"Its shape is {tuple(got.shape)}, and must be {tuple(want.shape)}."
     try:
-        torch.testing.assert_close(got, want, **{"atol": 1e-3, "rtol": 1e-3} | options)
+        torch.testing.assert_close(got, want, atol=atol, rtol=1e-3, check_dtype=check_dtype)
         return ""
     except (AssertionError, TypeError) as error:
         return str(error)
@@ -1348,9 +1442,8 @@ def must_run(words, call):
         fail(f"{words} ({error})")
 
 def logits_inside(way, model):
-    """Inside a `with` statement: logits for a batch of three, and for single tokens, as replies
-    are generated: (batch, seq + 1, vocab)."""
-    ids = torch.arange(4, 31).view(3, 9)
+    """Logits for three texts, and for single tokens, as in replies: (batch, seq + 1, vocab)."""
+    ids = torch.arange(4, 31, device=model.device).view(3, 9)
     with way:
         alone = model(input_ids=ids[:, :1]).logits
         return torch.cat([model(input_ids=ids).logits, alone], dim=1)
@@ -1365,12 +1458,8 @@ def check_intervention(enter):
         fail("An error inside the `with` block must come out of it again: use `finally`.")
     after = logits_inside(nullcontext(), model)
     expect(after, before, "After an error inside the `with` block (use `hooked`), the model")
-
-    def again():
-        with enter(model, randn(32)):
-            pass
-
-    must_run("After an error the model is still marked as ablated: use try and finally.", again)
+    must_run("After an error the model is still marked as ablated: use try and finally.",
+             lambda: logits_inside(enter(model, randn(32)), model))
     gpt2 = tiny_of("gpt2").bfloat16()  # another architecture, in 16 bits
     gpt2.transformer.wpe.weight.requires_grad_(True)
     logits = must_run("The stream keeps its dtype, bfloat16 here: convert what you add to it.",
@@ -1385,7 +1474,8 @@ def known_tail(tokenizer):
     return R.encode(tokenizer, TAILS.get(tokenizer.chat_template, "\n<|assistant|>"))
 
 def common_end(tokenizer, *prompts):
-    return os.path.commonprefix([ids[::-1] for ids in R.chat_ids(tokenizer, prompts)])[::-1]
+    backwards = [ids[::-1] for ids in R.chat_ids(tokenizer, prompts)]
+    return os.path.commonprefix(backwards)[::-1]
 
 def known_erase(W, axis, r):
     return out_of(W.movedim(axis, -1), r).movedim(-1, axis)
@@ -1426,9 +1516,10 @@ def test_exercise_3_mean_activations():
         "Positions stand in the order of the tokens, so the last entry is -1.": mean.flip(0),
         "This is the sum: divide by the number of prompts.": mean * len(prompts)})
     # at layer 0 even 16 bits give the same numbers in any batch
-    got = R.mean_activations(model.bfloat16(), tokenizer, prompts, n_positions=5)[:, 0]
-    want = plain_streams(model, tokenizer, prompts, 5).mean(0)[:, 0]
-    expect(got, want, "With n_positions=5, of bfloat16 streams, layer 0", atol=1e-6)
+    model.bfloat16()
+    got = R.mean_activations(model, tokenizer, prompts, n_positions=5)
+    want = plain_streams(model, tokenizer, prompts, 5).mean(0)
+    expect(got[:, 0], want[:, 0], "With n_positions=5, of bfloat16 streams, layer 0", atol=1e-6)
 
 def test_exercise_4_refusal_directions():
     """The difference is harmful - harmless, for every position and layer, with its length.
@@ -1453,21 +1544,17 @@ def test_exercise_5a_project_out():
     r = R.unit(randn(16, seed=1))
     for shape in ((5, 7, 16), (16,)):
         x = randn(*shape).requires_grad_().clone()
+        as_it_was = x.clone()
         left = out_of(x, r)
         expect(R.project_out(x, r), left, f"What is left of x, {shape},", {
             "This is the part along r: subtract it from x.": x - left,
             "Subtract the part along r; this has added it.": 2 * x - left,
             "Subtract the part along r once, and not twice.": 2 * left - x})
-    x = randn(9, 16)
-    as_it_was = x.clone()
-    R.project_out(x, r)
-    if not torch.equal(x, as_it_was):
-        fail("x must stay as it was.  (.float() of a float32 tensor is the same tensor.)")
+        if not torch.equal(x, as_it_was):
+            fail("x must stay as it was.  (.float() of a float32 tensor is the same tensor.)")
     x = (randn(9, 16) + 300 * r).bfloat16()
-    as_it_was = x.clone()
     left = out_of(x, r)
     expect(R.project_out(x, r), left, "What is left of a long bfloat16 x", atol=0.02)
-    expect(x, as_it_was, "x, which must stay as it was,")
     # "meta" is a device without numbers: what runs there does not mix with the CPU
     must_run("r may be on another device than x: use r.to(x.device).",
              lambda: R.project_out(torch.empty(3, 16, device="meta"), r))
@@ -1481,21 +1568,20 @@ def test_exercise_5b_ablate():
     model = small_model()[0]
     r = R.unit(randn(32))
     writers = R.writers(model)
-
-    def hooked(hooks):
-        return logits_inside(R.hooked(hooks), model)
-
     got = logits_inside(R.ablate(model, 3 * r), model)
-    expect(got, hooked(papers_hooks(model, r)), "What the ablated model gives", {
-        "Nothing has changed: does the yield stand inside `with hooked(...)`?": hooked([]),
-        "The direction comes with any length: use the unit vector.":
-            hooked(R.hook_output(module, lambda o: out_of(o, 3 * r)) for module in writers),
-        "Inside each block r is back: project what writes, see `writers`.":
-            hooked(R.hook_input(block, lambda x: out_of(x, r)) for block in R.blocks(model))})
+    want = logits_inside(R.hooked(papers_hooks(model, r)), model)
+    unchanged = logits_inside(nullcontext(), model)
+    not_unit = logits_inside(hook_outputs(writers, lambda o: out_of(o, 3 * r)), model)
+    at_inputs = R.hooked(R.hook_input(block, lambda x: out_of(x, r)) for block in R.blocks(model))
+    not_inside = logits_inside(at_inputs, model)
+    expect(got, want, "What the ablated model gives", {
+        "Nothing has changed: does the yield stand inside `with hooked(...)`?": unchanged,
+        "The direction comes with any length: use the unit vector.": not_unit,
+        "Inside each block r is back: project what writes, see `writers`.": not_inside})
     check_intervention(R.ablate)
     must_refuse("A direction of length 0 (see `unit`)", R.ablate(model, 0 * r).__enter__)
     with R.ablate(model, r):
-        must_refuse("A second `ablate` inside the first (`check_not_ablated` looks at the mark)",
+        must_refuse("A second `ablate` inside the first (`writers` looks at the mark)",
                     R.ablate(model, r).__enter__)
     with mock.patch.object(R, "writers", lambda model: writers[:-1]):
         must_refuse("If a writer is missed, ablate (call `check_erased` when the hooks are in)",
@@ -1511,39 +1597,37 @@ def test_exercise_5c_add():
     Answer: yes, its length is the dose: a unit vector would be another one."""
     model = small_model()[0]
     vector = 5 * randn(32)
+    half = -0.5 * vector
 
     def shifted(by, *layers):
         return logits_inside(R.hooked(papers_shift(model, by, *layers)), model)
 
     def at_the_end(x):
-        return torch.cat([x[:, :-1], x[:, -1:] - 0.5 * vector], dim=1)
+        x = x.clone()
+        x[:, -1] += half
+        return x
 
     for layer in (1, 3):
         got = logits_inside(R.add(model, vector, layer, -0.5), model)
-        expect(got, shifted(-0.5 * vector, layer), f"The model with -v / 2 added at {layer}", {
+        only_last = logits_inside(R.hook_input(R.blocks(model)[layer], at_the_end), model)
+        expect(got, shifted(half, layer), f"The model with -v / 2 added at {layer}", {
             "Is the coefficient used?": shifted(vector, layer),
             "Add the vector with its own length.": shifted(-0.5 * R.unit(vector), layer),
-            "Add it to what enters the block, and not to what leaves it.":
-                shifted(-0.5 * vector, 2),
-            "Add it at every position, and not only at the last.":
-                logits_inside(R.hook_input(R.blocks(model)[layer], at_the_end), model),
-            "Nothing has changed: does the yield stand inside `with hooked(...)`?":
-                logits_inside(nullcontext(), model),
-            "Add it once: the stream carries it on.": shifted(-0.5 * vector, *range(layer, 4))})
-    seen = []
-    with R.hook_input(R.blocks(model)[1], lambda x: seen.extend([x, x.clone()])):
+            "Add it to what enters the block, and not to what leaves it.": shifted(half, 2),
+            "Add it at every position, and not only at the last.": only_last,
+            "Nothing has changed: does the yield stand inside `with hooked(...)`?": shifted(half),
+            "Add it once: the stream carries it on.": shifted(half, *range(layer, 4))})
+    streams = []  # what enters block 1, each before the vector is added to it
+    with R.hook_input(R.blocks(model)[1], streams.append):
+        logits_inside(nullcontext(), model)
         logits_inside(R.add(model, vector, 1), model)
-    if not torch.equal(*seen[:2]):
+    if not torch.equal(streams[0], streams[2]):
         fail("Others still hold the stream: return a new tensor, do not add in place.")
     check_intervention(lambda model, vector: R.add(model, vector, 1))
     must_refuse("A vector of NaN (see `unit`)", R.add(model, math.nan * vector, 1).__enter__)
-
-    def run_elsewhere():
-        with R.add(model.to("meta"), vector, 1):
-            model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"))
-
+    model.to("meta")  # a device without numbers
     must_run("The stream may be on another device than the vector: use .to(x.device).",
-             run_elsewhere)
+             lambda: logits_inside(R.add(model, vector, 1), model))
 
 def test_exercise_6a_log_odds():
     """log(p / (1 - p)) of all the tokens together, for any p, and gradients pass.
@@ -1551,16 +1635,19 @@ def test_exercise_6a_log_odds():
     Hint 1: p / (1 - p): which tokens make up p, and which 1 - p?
     Hint 2: Both are sums of exponentials of logits: two `logsumexp`, and no division.
     Answer: 0 is even odds; above, a refusal is likelier than not."""
-    logits = randn(2, 4, 9).mul(3).requires_grad_().clone()
+    logits = (3 * randn(2, 4, 9)).requires_grad_().clone()
     as_it_was = logits.clone()
-    p = logits.softmax(-1)[..., [1, 5]]
-    expect(R.log_odds(logits, [1, 5]), plain_score(logits, [1, 5]), "The score", {
+    tokens = [1, 5]
+    score = R.log_odds(logits, tokens)
+    p = logits.softmax(-1)[..., tokens]
+    expect(score, plain_score(logits, tokens), "The score", {
         "This is log p: the log-odds are log p - log(1 - p).": p.sum(-1).log(),
-        "p is the probability of all tokens together.": torch.logit(p).sum(-1)}, check_dtype=False)
+        "p is the probability of all tokens together.": p.logit().sum(-1)}, check_dtype=False)
     expect(logits, as_it_was, "The logits, which must stay as they were,")
     far = torch.tensor([200.0, 0.0, 0.0, -math.inf]) - 30000
     for token, want in ((0, 200 - math.log(2)), (1, -200)):
-        if abs(R.log_odds(far, [token]).item() - want) > 0.01:
+        score = R.log_odds(far, [token]).item()
+        if score != pytest.approx(want, abs=0.01):
             fail("A very sure model's score is not right: use logsumexp, p or 1 - p rounds to 0.")
 
 def test_exercise_6b_kl_divergence():
@@ -1572,26 +1659,29 @@ def test_exercise_6b_kl_divergence():
     p, q = 4 * randn(2, 2, 3, 11)
     q[..., 0] -= 30  # a token that q all but excludes
     far = torch.tensor([[300.0, 0.0], [0.0, 300.0]])
-    for p, q in ((p, q), far, (p.bfloat16(), q.bfloat16())):
+    pairs = [(p, q), far, (p.bfloat16(), q.bfloat16())]
+    for p, q in pairs:
         what = f"The divergence of {p.dtype} logits up to {p.max():.0f}"
+        terms = p.softmax(-1) * (p - q)
         expect(R.kl_divergence(p, q), plain_kl(p, q), what, {
             "This is KL(q || p): the probabilities of p are the weights.": plain_kl(q, p),
-            "Logits are no log-probabilities yet: log_softmax.":
-                (p.softmax(-1) * (p - q)).sum(-1)}, check_dtype=False)
+            "Logits are no log-probabilities yet: log_softmax.": terms.sum(-1)}, check_dtype=False)
 
 # Two positions and seven layers, KL 0 and induce 1.  At position -1 bypass falls with the layer:
-# -1 4 is right, for layer 5 is int(0.8 * 7).  What is right if this is changed, and why:
-# the right answer, what is changed in the tables (name, place, number), and why
+# BEST is right, for layer 5 is int(0.8 * 7).  What is right if this is changed, and why:
+# the right answer, what is changed in the tables (name, place, number; ... is all), and why
+BEST = (-1, 4)
+SECOND = (-1, 3)
 CHOICES = [
-    ((-1, 4), [], "layers from int(0.8 n_layers) on are too late"),
-    ((-1, 3), [("kl", (-1, 4), 7)], "where KL is above 0.1, ablation breaks the model"),
-    ((-1, 4), [("kl", (-1, 4), 0.1), ("induce", (-1, 4), 0)], "what lies at a threshold passes"),
-    ((-1, 4), [("kl", (-1, 4), 0.1), ("induce", (-1, 2), 9)], "KL and induce are filters only"),
-    ((-1, 3), [("induce", (-1, 4), -1)], "the lowest does not induce refusal"),
+    (BEST, [], "layers from int(0.8 n_layers) on are too late"),
+    (SECOND, [("kl", BEST, 7)], "where KL is above 0.1, ablation breaks the model"),
+    (BEST, [("kl", BEST, 0.1), ("induce", BEST, 0)], "what lies at a threshold passes"),
+    (BEST, [("kl", BEST, 0.1), ("induce", (-1, 2), 9)], "KL and induce are filters only"),
+    (SECOND, [("induce", BEST, -1)], "the lowest does not induce refusal"),
     ((-2, 0), [("induce", -1, -1)], "nothing at position -1 induces refusal"),
-    ((-1, 3), [("induce", ..., -1), ("kl", (-1, 4), 7)], "only induce may be left out"),
-    ((-1, 3), [("kl", (-1, 4), math.nan)], "NaN was not measured, and must not win"),
-    ((-1, 3), [("induce", ..., -1), ("induce", (-1, 4), math.nan)], "NaN was not measured"),
+    (SECOND, [("induce", ..., -1), ("kl", BEST, 7)], "only induce may be left out"),
+    (SECOND, [("kl", BEST, math.nan)], "NaN was not measured, and must not win"),
+    (SECOND, [("induce", ..., -1), ("induce", BEST, math.nan)], "NaN was not measured"),
     (None, [("bypass", ..., math.nan)], "NaN was not measured, and must not win")]
 
 def test_exercise_7_choose():
@@ -1601,15 +1691,16 @@ def test_exercise_7_choose():
     Hint 2: Loop over all; skip what has a NaN or fails a filter; none left: again without induce.
     Answer: no: the lowest of all is often a broken model, and its KL gives it away."""
     for want, changes, why in CHOICES:
-        scores = {name: torch.ones(2, 7).double() for name in ("bypass", "kl", "induce")}
-        scores["kl"][:] = 0
-        scores["bypass"][-1] = -torch.arange(7)
+        bypass, kl, induce = torch.ones(3, 2, 7).double()
+        bypass[-1] = -torch.arange(7)
+        kl[:] = 0
+        scores = {"bypass": bypass, "kl": kl, "induce": induce}
         for name, place, number in changes:
             scores[name][place] = number
         got = R.choose(copy.deepcopy(scores))
         if str(got) != str(want):
-            given = "".join(f"\n  {name} {table.tolist()}" for name, table in scores.items())
-            fail(f"You choose {got}, and {want} (plain ints) is right: {why}.{given}")
+            tables = "\n  ".join(f"{name} {scores[name].tolist()}" for name in scores)
+            fail(f"You choose {got}, and {want} (plain ints) is right: {why}.\n  {tables}")
 
 def test_exercise_8a_erase():
     """W' = W - r (r^T W) along any axis of any weight, also of a square one, and of a bias.
@@ -1618,14 +1709,15 @@ def test_exercise_8a_erase():
     Hint 2: movedim(axis, -1), project, movedim(-1, axis).
     Answer: the first one: nn.Linear stores (out, in), and what comes out is written."""
     r = R.unit(randn(6))
-    for *shape, axis in ((6, 4, 0), (6, 6, 1), (6, 0), (3, 6, 4, 1)):
+    for axis, *shape in ((0, 6, 4), (1, 6, 6), (0, 6), (1, 3, 6, 4)):
         W = randn(*shape, seed=2)
         want = known_erase(W, axis, r)
+        first_that_fits = known_erase(W, shape.index(6), r)
         what = f"W' of a weight of shape {shape}, whose axis {axis} writes,"
         expect(R.erase(W.clone(), axis, r), want, what, {
             "This is the part along r: subtract it.": W - want,
             "Move the axis back to where it was.": want.movedim(axis, -1),
-            "`axis` says which axis writes.": known_erase(W, shape.index(6), r)})
+            "`axis` says which axis writes.": first_that_fits})
 
 def test_exercise_8b_orthogonalize():
     """Exactly what writes is edited, as by hand; biases count, and the unembedding does not.
@@ -1633,7 +1725,8 @@ def test_exercise_8b_orthogonalize():
     Hint 1: The docstring has the steps.  Which weights write, and which only read?
     Hint 2: `erase`, or where norm is not None `erase_before_norm(W, axis, norm)`; then W.copy_.
     Answer: nothing: the unembedding only reads.  So it is untied before the edit."""
-    model = small_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)[0].bfloat16()
+    model, _ = small_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    model.bfloat16()
     for name, p in model.named_parameters():
         p.add_(0.3 * randn(*p.shape, seed=len(name)))  # no bias is 0, no gain 1
     old = {name: p.clone() for name, p in model.state_dict().items()}
@@ -1644,7 +1737,8 @@ def test_exercise_8b_orthogonalize():
         want = old[name]
         does = "only reads the stream (is it untied?)"
         if name in writing:
-            want = known_erase(want.float(), int("embed" in name), r).bfloat16()
+            axis = 1 if "embed" in name else 0
+            want = known_erase(want.float(), axis, r).bfloat16()
             does = "writes to the stream"
         expect(p, want, f"{name}, which {does},", {"It is as before.": old[name]}, atol=0.02)
         if (p != want).float().mean() > 0.02:
@@ -1667,9 +1761,10 @@ def test_exercise_8b_orthogonalize():
 
 # %% The classroom: python test_refusal.py blank | status | grade | hint ---------------------------
 EXERCISES = {}  # number -> name of the function, its test
-for title in list(globals()):
-    if found := re.fullmatch(r"test_exercise_(\w+?)_(\w+)", title):
-        EXERCISES[found[1]] = (found[2], globals()[title])
+for title, function in list(globals().items()):
+    if title.startswith("test_exercise_"):
+        _, _, number, name = title.split("_", 3)
+        EXERCISES[number] = (name, function)
 KNOWN = f"exercises are {', '.join(EXERCISES)}"
 # what `blank` adds to a student's copy, so that it says what is next before it trains anything
 CHECK = """    if left := re.findall(r'^    raise NotImplementedError."(.*)".$',
@@ -1686,8 +1781,9 @@ def told(number):
     name, test = EXERCISES[number]
     # oracles stand in for other exercises' functions
     oracles = {"template_tail": known_tail, "project_out": out_of, "erase": known_erase}
+    oracles.pop(name, None)
     try:
-        with mock.patch.multiple(R, **oracles | {name: getattr(R, name)}):
+        with mock.patch.multiple(R, **oracles):
             test()
         return ""
     except NotImplementedError:
@@ -1696,25 +1792,28 @@ def told(number):
     except pytest.fail.Exception as words:
         return str(words)
     except Exception as error:
-        words = f"{type(error).__name__}: {error}"
+        place = ""  # the innermost line of the student's file
         for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == R.__file__:  # the innermost line of the student's file
-                words = f"line {frame.lineno}: {frame.line}\n{type(error).__name__}: {error}"
-        return words
+            if frame.filename == R.__file__:
+                place = f"line {frame.lineno}: {frame.line}\n"
+        return f"{place}{type(error).__name__}: {error}"
 
 def blanked(source, student, numbers):
     """The source without the bodies of these exercises, and without answers to "predict first"."""
     lines = source.splitlines(keepends=True)
-    nodes = {getattr(node, "name", ""): node for node in ast.parse(source).body}
+    functions = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
     for number in sorted(numbers, reverse=True):
         name = EXERCISES[number][0]
         task = f"exercise {number}, {name}: python test_refusal.py grade {student} {number}"
-        start = nodes[name].body[0].end_lineno  # where the docstring ends
-        lines[start : nodes[name].end_lineno] = [f'    raise NotImplementedError("{task}")\n']
+        docstring, *_, last = functions[name].body
+        body = f'    raise NotImplementedError("{task}")\n'
+        lines[docstring.end_lineno : last.end_lineno] = [body]
+    text = "".join(lines)
     # answers stand in parentheses right after a question, and in paragraphs of docstrings
-    text = re.sub(r"(# Pause:[^?]*\?)[\s#]*\((?:[^()]|\([^()]*\))*\)", r"\1", "".join(lines))
+    text = re.sub(r"(# Pause:[^?]*\?)[\s#]*\((?:[^()]|\([^()]*\))*\)", r"\1", text)
     text = re.sub(r'\n\n +The answer(?:.|\n)*?(?=\n\n|\n? *""")', "", text)
-    return re.sub("^if __name__ ==.*\n", lambda line: line[0] + CHECK, text, flags=re.MULTILINE)
+    main = 'if __name__ == "__main__":\n'
+    return text.replace(main, main + CHECK)
 
 def open_exercises():
     """README's code and the classroom's, as text; "" where these files are not."""
@@ -1728,11 +1827,10 @@ def blank(file="student.py", *numbers):
     if not set(numbers) <= set(EXERCISES):
         return KNOWN
     student = Path(file)
-    cells = []
+    cells = ["# To be run cell by cell, with a file that has no blanks.\n"]
     for title, code in re.findall("((?:.+\n)+)\n*```python\n((?:.|\n)*?)```", open_exercises()):
         title = title.strip("#\n ").replace("\n", "\n# ")
         cells.append(f"# %% {title}\n{code}")
-    cells.insert(0, "# To be run cell by cell, with a file that has no blanks.\n")
     text = "\n".join(cells).replace("from refusal import", f"from {student.stem} import")
     source = (HERE / "refusal.py").read_text(encoding="utf-8")
     files = {student: blanked(source, student.name, numbers)}
@@ -1776,19 +1874,19 @@ def hint(number="", which="1"):
         return f"{KNOWN}; each has the hints 1 and 2"
     print(notes(number)[int(which)])
 
-SOLVED = vars(R).copy()
+SOLVED = SimpleNamespace(**vars(R))  # our answers, also while a test has put another in R
 RIGHT = {
-    "2": lambda tokenizer: (common_end(tokenizer, "Ha", "Eh?", "1", "So.")
-                            or SOLVED["template_tail"](tokenizer)),  # which raises
+    "2": lambda tokenizer: (
+        common_end(tokenizer, "Ha", "Eh?", "1", "So.") or SOLVED.template_tail(tokenizer)),
     "3": lambda *given, n_positions=4: plain_streams(*given, n_positions).mean(0)[:, :-1],
     "4": torch.sub,
-    "5a": lambda x, r: SOLVED["project_out"](x.double(), r).to(x.dtype),
-    "5b": lambda model, direction: SOLVED["ablate"](model, -direction),
-    "5c": lambda model, vector, layer, dose=1: SOLVED["add"](model, dose * vector, layer),
-    "6a": lambda logits, tokens: SOLVED["log_odds"](logits.double(), tokens),
+    "5a": lambda x, r: SOLVED.project_out(x.double(), r).to(x.dtype),
+    "5b": lambda model, direction: SOLVED.ablate(model, -direction),
+    "5c": lambda model, vector, layer, dose=1: SOLVED.add(model, dose * vector, layer),
+    "6a": lambda logits, tokens: SOLVED.log_odds(logits.double(), tokens),
     "6b": plain_kl,
-    "8a": lambda W, axis, r: SOLVED["erase"](W, axis - W.ndim, -r),
-    "8b": lambda model, direction: SOLVED["orthogonalize"](model, -direction)}
+    "8a": lambda W, axis, r: SOLVED.erase(W, axis - W.ndim, -r),
+    "8b": lambda model, direction: SOLVED.orthogonalize(model, -direction)}
 
 @pytest.mark.parametrize("number", RIGHT)
 def test_classroom_lets_right_answers_pass(number):
@@ -1798,14 +1896,10 @@ def test_classroom_lets_right_answers_pass(number):
 
 @pytest.mark.parametrize("number, answer, words", [
     ("5b", lambda model, direction: nullcontext(), "does the yield stand inside"),
-    ("5c", lambda model, vector, layer, dose=1: R.hook_input(
-        R.blocks(model)[layer], lambda x: torch.cat([x[:, :-1], x[:, -1:] + dose * vector], dim=1)),
-     "not only at the last"),
     ("6a", plain_score, "very sure"),
-    ("7", lambda scores: (-1, scores["bypass"][-1].argmin().item()), "are too late"),
-    ("7", lambda scores: (-1, scores["bypass"][-1, :5].argmin().item()), "KL is above 0.1"),
-    ("8b", lambda model, direction: [], "It is as before"),
-    ("8b", lambda *given: SOLVED["orthogonalize"](*given)[1:], "Return the names")])
+    ("7", lambda scores: (-1, 6), "are too late"),  # the lowest bypass of all
+    ("7", lambda scores: BEST, "KL is above 0.1"),  # the lowest before the late layers
+    ("8b", lambda *given: SOLVED.orthogonalize(*given)[1:], "Return the names")])
 def test_classroom_tells_what_is_wrong(number, answer, words):
     """The student who hands in this answer is told so."""
     with mock.patch.object(R, EXERCISES[number][0], answer):
@@ -1862,6 +1956,7 @@ def test_classroom_in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 if PROGRAM:
     tools = {tool.__name__: tool for tool in (blank, status, grade, hint, census, bench)}
-    if sys.argv[1:2] and sys.argv[1] in tools:
-        sys.exit(tools[sys.argv[1]](*sys.argv[2:]))
-    sys.exit("\n".join(f"python test_refusal.py {name} {tools[name].__doc__}" for name in tools))
+    if command in tools:
+        sys.exit(tools[command](*arguments))
+    usage = [f"python test_refusal.py {name} {tool.__doc__}" for name, tool in tools.items()]
+    sys.exit("\n".join(usage))
