@@ -65,7 +65,10 @@ class CannotDo(ValueError):
 
 @contextmanager
 def in_one_sentence(what):
-    """What is raised inside the `with` statement becomes a CannotDo that quotes it."""
+    """What is raised inside the `with` statement becomes a CannotDo that quotes it.
+
+    (@contextmanager: at `yield` the body of the `with` statement runs.)
+    """
     try:
         yield
     except CannotDo:
@@ -341,8 +344,8 @@ def unit(vector):
 #
 # In a Llama the writers are `embed_tokens` and, in each block, the last module of attention and of
 # the MLP: `self_attn.o_proj` and `mlp.down_proj`.  `writers(model)` finds them in any decoder
-# (appendix B).  A block's output is a sum: it follows autograd's graph back through the additions
-# that made it, and notes which module gave each summand.
+# (appendix B).  A block's output is a sum: with gradients on, it follows autograd's graph back
+# through the additions that made it, and notes which module gave each summand.
 #
 # Pause: would it be enough to project r out of the stream as it enters each block?  (It would not.
 # The block's attention may write r back before its MLP reads it, and nobody projects what the last
@@ -568,7 +571,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     # a list of (position, layer): not layer 0, where d is 0, and late layers only if exhaustive
     order = most_promising_first(model, tokenizer, directions, harmful_val, exhaustive)
     base_logits = next_token_logits(model, tokenizer, harmless_val)
-    # three tensors, (position, layer), NaN where not measured
+    # three tensors, (position, layer), NaN where not measured; position -1 is the last row
     bypass, kl, induce = torch.full((3, *directions.shape[:2]), math.nan)
     best = None  # the best so far that has passed all filters, only to know when to stop
     since_best = 0  # how many have been measured since then
@@ -873,9 +876,8 @@ def differentiable(model):
 def trace_writers(model, input_ids):
     """Run these tokens and find what writes.  Call it inside `differentiable`.
 
-    Returns made, autograd node -> (name, module, its arguments, its output), and the list of the
-    nodes that are added to the stream.
-    """
+    Returns made, autograd node -> (name, module, its arguments, its output), and the nodes that are
+    added to the stream, a list."""
     # to erase s after r brings r back, if s is not orthogonal to r
     if getattr(blocks(model), "is_ablated", False):
         raise CannotDo("a direction is ablated from this model already: one at a time.")
