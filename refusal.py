@@ -65,10 +65,8 @@ class CannotDo(ValueError):
 
 @contextmanager
 def in_one_sentence(what):
-    """What is raised inside the `with` statement becomes a CannotDo that quotes it.
-
-    (@contextmanager: at `yield` the body of the `with` statement runs.)
-    """
+    """What is raised inside the `with` statement, whose body runs at `yield`, becomes a CannotDo
+    that quotes it."""
     try:
         yield
     except CannotDo:
@@ -151,11 +149,11 @@ def template_tail(tokenizer):
     """The token ids that follow every instruction, a list.  Raises CannotDo if there are none.
 
     >>> tokenizer = tiny_tokenizer(["Hi"])  # template: <|user|> instruction newline <|assistant|>
-    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # \u010a stands for the newline
+    >>> tokenizer.convert_ids_to_tokens(template_tail(tokenizer))  # \u010a is its newline
     ['\u010a', '<|assistant|>']
     """
     # the tail is what these chats have in common at their end.  (The instructions end on different
-    # kinds of characters, because a tokenizer may join the last one with the template's first.)
+    # characters, because a tokenizer may join an instruction's last one with the template's first.)
     prompts = ["Say yes", "Why? 1", "Count to (ten)!", "Is it so?", "Go on."]
     backwards = [ids[::-1] for ids in chat_ids(tokenizer, prompts)]
     tail = []
@@ -183,7 +181,7 @@ def template_tail(tokenizer):
 def blocks(model):
     """The model's blocks, in order: the first nn.ModuleList that has an entry for each layer."""
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    # usually inside the decoder, in some models beside it
+    # usually inside the decoder, in some models beside it; a set, as no block may stand there twice
     for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
         if isinstance(module, nn.ModuleList) and len(module) == n_layers == len(set(module)):
             return module
@@ -217,10 +215,8 @@ def hook_output(module, change):
 
 @contextmanager
 def hooked(handles):
-    """Take these hooks out when the `with` statement ends, whatever happened inside it.
-
-    handles: what hook_input and hook_output return.
-    """
+    """The hooks are in already; this takes them out when the `with` statement ends, whatever
+    happened inside it.  handles: what hook_input and hook_output return."""
     handles = list(handles)
     try:
         # compiled code would skip hooks
@@ -235,7 +231,7 @@ def forward(model, input_ids, n_last=1):
     n_last, vocab).  Raises CannotDo where the result would be wrong."""
     if any(module.training for module in model.modules()):
         raise CannotDo("the model is in training mode, where dropout adds noise: call eval().")
-    # without this option the logits of all positions would take gigabytes
+    # only the last logits, where the model has this option: all of them would take gigabytes
     options = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = n_last
@@ -264,8 +260,8 @@ def residual_streams(model, input_ids):
 def measure(model, tokenizer, prompts, step, batch_size=16):
     """Call step for batches of prompts.  Returns all that it gives, in the order of the prompts.
 
-    step: takes token ids, (batch, seq), and returns (batch, ...).  Prompts run together if they
-    have the same number of tokens, so that nothing has to be padded.
+    step: what to do with a batch: takes token ids, (batch, seq), and returns (batch, ...).  Prompts
+    run together if they have the same number of tokens, so that nothing has to be padded.
     """
     ids = chat_ids(tokenizer, prompts)
     # a batch is a list of indices into prompts
@@ -309,11 +305,12 @@ def mean_activations(model, tokenizer, prompts, n_positions=None):
 
 # %% 4. The difference in means --------------------------------------------------------------------
 # One subtraction gives a vector d for each position and layer: a candidate.  Section 7 chooses one.
-# From here on, r is the *unit* vector along d, r = d / |d|.
+# From here on, r is the *unit* vector along d, r = d / |d|.  (A function's `direction` may have any
+# length: the function takes its r.)
 #
-# Before we change the model, we look: how far does a prompt's stream x reach along r, both taken at
-# the same position and layer?  The run plots this number, x . r, for all test prompts.  What to
-# expect: by the middle layers the two kinds have separated.
+# Before we change the model, we look: how far does a prompt's stream x reach along r, with x and r
+# from the same position and layer?  The run plots this number, x . r, for all test prompts.  What
+# to expect: by the middle layers the two kinds have separated.
 
 def refusal_directions(harmful_mean, harmless_mean):
     """The candidates: d = mean over harmful - mean over harmless prompts.  Paper, section 2.3.
@@ -344,8 +341,8 @@ def unit(vector):
 #
 # In a Llama the writers are `embed_tokens` and, in each block, the last module of attention and of
 # the MLP: `self_attn.o_proj` and `mlp.down_proj`.  `writers(model)` finds them in any decoder
-# (appendix B).  A block's output is a sum: with gradients on, it follows autograd's graph back
-# through the additions that made it, and notes which module gave each summand.
+# (appendix B).  A block's output is a sum, so `writers` follows autograd's graph back through the
+# additions that made it, and notes which module gave each summand.
 #
 # Pause: would it be enough to project r out of the stream as it enters each block?  (It would not.
 # The block's attention may write r back before its MLP reads it, and nobody projects what the last
@@ -357,8 +354,9 @@ def unit(vector):
 #
 # `check_erased` checks that r is really gone (appendix B).  How small is zero?  For a random
 # direction, |x . r| is about |x| / sqrt(d_model), because |x|^2 is shared among d_model axes.
-# After ablation it must be below 1/10,000 of this (3/100 in 16 bits).  The check looks at a few
-# random tokens, where the stream enters blocks and at the end, and not inside the blocks.
+# After ablation it must be below 1/10,000 of this, or below 3/100 of this in 16 bits.  The check
+# looks at a few random tokens, where the stream enters blocks and at the end, and not inside the
+# blocks.
 
 def project_out(x, r):
     """x' = x - (x . r) r: x, (..., d_model), without its part along the unit vector r, (d_model,).
@@ -381,9 +379,8 @@ def ablate(model, direction):
         o' = o - (o . r) r        for the output o of every writer, r = direction / |direction|
 
     direction: (d_model,), of any length.  Raises CannotDo if r is not gone, and inside another
-    `ablate` (`writers` sees the mark): erasing a second direction s subtracts a multiple of s, and
-    if s is not orthogonal to r, this brings r back.  Deviation: the paper also projects what enters
-    blocks, which changes nothing when all writers are free of r.
+    `ablate`: erasing a second direction would bring back some of the first.  Deviation: the paper
+    also projects what enters blocks, which changes nothing when all writers are free of r.
     """
     r = unit(direction)
 
@@ -393,7 +390,7 @@ def ablate(model, direction):
     with hooked([hook_output(module, erase_r) for module in writers(model)]):
         check_erased(model, r)
         try:
-            blocks(model).is_ablated = True
+            blocks(model).is_ablated = True  # the mark that a second `ablate` sees, by `writers`
             yield
         finally:
             blocks(model).is_ablated = False
@@ -407,7 +404,7 @@ def add(model, vector, layer, coefficient=1.0):
     vector: (d_model,), the raw difference in means: its length says how strongly we push.  Raises
     CannotDo if it is no direction.
     """
-    unit(vector)  # raises it
+    unit(vector)  # only to check it
     shift = coefficient * torch.as_tensor(vector).float()
 
     def shifted(x):
@@ -441,8 +438,8 @@ def log_odds(logits, tokens):
     """log(p / (1 - p)), p the probability of `tokens` together: (..., vocab) -> (...).  Natural
     logarithm; 0 is even odds.  Paper, appendix B.
 
-    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z.  Z cancels, so two
-    logsumexps are enough, and nothing rounds to 0.
+    p is sum exp(logits of tokens) / Z, and 1 - p is sum exp(other logits) / Z, with the same Z,
+    which cancels.  So two logsumexps are enough, and nothing rounds to 0.
 
     >>> log_odds(torch.tensor([0.0, 0.0, 0.0]), [1])
     tensor(-0.6931)
@@ -502,9 +499,9 @@ def choose(scores):
     (from the end) and layer, two ints, or None.  Deviation: if nothing passes, the authors' code
     stops; we try again without the filter on induce.
 
-    >>> # one position, five layers: 0 breaks the model, 3 does not induce, 4 is too late
-    >>> bypass = torch.tensor([[-3.0, -1.0, -2.0, -4.0, -9.0]])
-    >>> kl, induce = torch.tensor([[5.0, 0, 0, 0, 0]]), torch.tensor([[1.0, 1, 1, -1, 1]])
+    >>> # one position, five layers: 1 breaks the model, 3 does not induce, 4 is too late
+    >>> bypass = torch.tensor([[math.nan, -3.0, -2.0, -4.0, -9.0]])
+    >>> kl, induce = torch.tensor([[0.0, 5, 0, 0, 0]]), torch.tensor([[1.0, 1, 1, -1, 1]])
     >>> choose({"bypass": bypass, "kl": kl, "induce": induce})
     (-1, 2)
     """
@@ -538,7 +535,8 @@ def choose(scores):
 
 # To measure a hundred candidates takes long.  So we first *estimate*, for all of them at once, how
 # much each would change the mean refusal score of harmful prompts.  Erasing r changes a writer's
-# output o by -(o . r) r, and the gradient of the score at o says what a small change of o is worth:
+# output o by -(o . r) r, and the gradient of the score at o says what a small change of o is worth
+# (so this is exact for small changes only):
 #
 #     change of the score  ~  sum over writers and tokens of  gradient . (-(o . r) r)
 #
@@ -558,7 +556,7 @@ class Selection:
     bypass: float  # the winner's three numbers
     induce: float
     kl: float
-    base_bypass: float  # mean refusal score of the harmful prompts, without intervention
+    base_bypass: float  # the same two mean scores without intervention: of the harmful prompts
     base_induce: float  # and of the harmless ones
     relaxed: bool  # no candidate passed all filters, so the filter on induce was left out
     scores: dict  # "bypass", "induce", "kl" -> (position, layer), NaN where not measured
@@ -573,7 +571,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     base_logits = next_token_logits(model, tokenizer, harmless_val)
     # three tensors, (position, layer), NaN where not measured; position -1 is the last row
     bypass, kl, induce = torch.full((3, *directions.shape[:2]), math.nan)
-    best = None  # the best so far that has passed all filters, only to know when to stop
+    best = None  # the best so far that has passed all filters: when to stop (`choose` decides)
     since_best = 0  # how many have been measured since then
     for candidate in tqdm(order, desc="candidates", leave=False, disable=None):
         if best is not None and since_best == PATIENCE and not exhaustive:
@@ -612,19 +610,19 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
 # %% 8. The same ablation, in the weights ----------------------------------------------------------
 # Without its hooks the model refuses again.  But a writer computes o = W h + b from its input h,
 # and it stops writing along r for good when r is projected out of W and of b.  The result is an
-# ordinary checkpoint that computes what the hooked model computes, up to rounding.
+# ordinary checkpoint that computes what the hooked model computes, up to rounding.  (In Gemma 2 a
+# norm stands between W and the stream.  There r is gone, too, but the numbers are only close.)
 #
-# Which parameters write, and by which axis?  Ask calculus.  The gradient of o . r at W[i, j] is
+# Which parameters write, and along which axis?  Ask calculus.  The gradient of o . r at W[i, j] is
 # r_i h_j:
 #
 #     r1 h1   r1 h2   r1 h3
 #     r2 h1   r2 h2   r2 h3
 #
-# Each column is a multiple of r.  A column runs along axis 0, so axis 0 writes, in a W stored
-# (out, in) as in nn.Linear.  In general we look for the axis along which a parameter's gradient is
-# a multiple of r.  The gradient of a bias is r itself.  What only reads, such as the router of a
-# mixture of experts, has no such axis.  `plan_edits` (appendix B) asks this of all parameters of
-# all writers.
+# Each column is a multiple of r.  Down a column i changes, and i counts along axis 0: so axis 0
+# writes, in a W stored (out, in) as in nn.Linear.  In general we look for the axis along which a
+# parameter's gradient is a multiple of r.  The gradient of a bias is r itself.  What only reads has
+# no such axis.  `plan_edits` (appendix B) asks this of all parameters of all writers.
 
 def erase(W, axis, r):
     """W' = W - r (r^T W): a weight or bias that no longer writes along r.  Paper, section 4.1.
@@ -638,7 +636,7 @@ def erase(W, axis, r):
     tensor([[0., 0., 0.],
             [4., 5., 6.]])
     """
-    rows = W.movedim(axis, -1)  # (..., d_model): every row is now projected as a stream would be
+    rows = W.movedim(axis, -1)  # (..., d_model): each row is what a stream was in section 5
     return project_out(rows, r).movedim(-1, axis)
 
 @torch.inference_mode(False)
@@ -654,14 +652,15 @@ def orthogonalize(model, direction):
     that is not orthogonal to the first one puts some of the first one back.
     """
     r = unit(direction)
-    edits = plan_edits(model, r)  # name -> (parameter, the axis that writes, the norm after it)
-    # an unembedding that shares the embedding's tensor only reads: it gets its own copy first
+    # name -> (parameter, the axis that writes, None or what is to be known of a norm behind it)
+    edits = plan_edits(model, r)
+    # if the unembedding shares the embedding's tensor, it gets its own copy: it only reads
     untie(model)
     for W, axis, norm in edits.values():
         if norm is None:
             W.copy_(erase(W, axis, r))
         else:
-            # as in Gemma 2; `norm` knows r (appendix B)
+            # as in Gemma 2 (appendix B)
             W.copy_(erase_before_norm(W, axis, norm))
     check_erased(model, r)
     return list(edits)
@@ -683,7 +682,7 @@ REFUSAL_PHRASES = [  # the authors' list
 def generate(model, tokenizer, prompts, max_new_tokens=64):
     """Greedy replies, a list of text, one for each prompt.  Deviation: 64 tokens, not 512."""
     replies = []
-    # 64 replies side by side; models with recurrent layers would read the padding of prompts
+    # 64 at a time, but one at a time where recurrent layers would read the padding
     batch_size = 1 if model._is_stateful else 64
     # makes model.generate greedy, and gives the tokens that end a reply (appendix B)
     with greedy_settings(model, tokenizer, max_new_tokens) as ends:
@@ -705,8 +704,8 @@ def is_refusal(text):
 def is_broken(tokenizer, text):
     """Does the reply repeat itself: are at most half of its tokens distinct?
 
-    A plain sign of babble, for replies of up to 64 tokens; an empty one counts, too.  Deviation:
-    not in the paper.
+    A plain sign of babble in short replies (long ones repeat words anyway); an empty one counts,
+    too.  Deviation: not in the paper.
     """
     ids = encode(tokenizer, text)
     return len(set(ids)) <= len(ids) / 2
@@ -1083,7 +1082,6 @@ def attribution(model, tokenizer, directions, prompts):
     directions: (position, layer, d_model).  Deviation: not in the paper.
     """
     units = normalize(directions.flatten(0, 1).float(), dim=-1).T  # (d_model, candidate)
-    n_candidates = units.shape[1]
     tokens = refusal_tokens(tokenizer)
     modules = writers(model)
 
@@ -1100,17 +1098,15 @@ def attribution(model, tokenizer, directions, prompts):
             with hooked(hook_output(module, keep) for module in modules):
                 logits = forward(model, input_ids)[:, -1].float()  # (batch, vocab)
             gradients = torch.autograd.grad(log_odds(logits, tokens).sum(), outputs)
-        change = torch.zeros(n_candidates)
+        change = torch.zeros(1, units.shape[1])
         for o, gradient in zip(outputs, gradients):
             R = units.to(o.device)
-            part = (gradient.float() @ R) * (o.detach().float() @ R)  # (batch, seq, candidate)
-            # the sum over all but candidates: some writers join batch and seq into one axis, and
-            # position embeddings have no batch
-            change -= part.flatten(0, -2).sum(0).cpu()  # (candidate,)
-        # only the mean over prompts is asked for: each prompt gets the mean of its batch
-        return (change / len(input_ids)).expand(len(input_ids), -1)  # (batch, candidate)
+            part = (gradient.float() @ R) * (o.detach().float() @ R)  # (..., seq, candidate)
+            change -= part.flatten(0, -2).sum(0).cpu()  # the sum over all but candidates
+        return change  # (1, candidate)
 
-    changes = measure(model, tokenizer, prompts, estimate, batch_size=8)  # (prompt, candidate)
+    # one prompt at a time, because not every writer gives an axis for the batch
+    changes = measure(model, tokenizer, prompts, estimate, batch_size=1)  # (prompt, candidate)
     return changes.mean(0).view(directions.shape[:2])
 
 def most_promising_first(model, tokenizer, directions, prompts, exhaustive):
@@ -1665,25 +1661,25 @@ __all__ = """
 # %% 10. The run -----------------------------------------------------------------------------------
 # Each stage prints what it has found under the number of its section.  (6 has none.)  New here:
 #
-# - Training and validation prompts that are harmful but answered, or harmless but refused, are
-#   dropped first.
-# - Controls: three random directions, as long as d, are ablated on harmful test prompts and added
-#   on harmless ones, each direction on its own third.  If they have the same effect, it is not due
-#   to r.
+# - Training and validation prompts that by their score are harmful but answered, or harmless but
+#   refused, are dropped first.
+# - Controls: three random directions with the length of d are ablated on harmful test prompts and
+#   added on harmless ones, each on a third of the prompts.  If they have the same effect as d, it
+#   is not due to r.
 # - x . r is tried as a detector of harmful prompts at two positions: the chosen one, and the token
 #   before the tail, where the instruction ends (t_inst in later papers).
 # - Does a model that has lost its refusal still know harm?  We take new differences in means in the
 #   ablated model, and use these as detectors (rows "r ablated").  What to expect: they still tell
 #   the kinds apart.
 # - In some models, such as Gemma 3, every stream is huge along a few directions, and erasing any
-#   part of these breaks the model.  So candidates and random directions are made orthogonal to them
-#   (`massive_directions`).
+#   part of these breaks the model.  So all directions are made orthogonal to them first
+#   (`massive_directions`; a deviation).
 # - Section 8 comes last, because it changes the model for good.
 
 def find_direction(args, model, tokenizer, data):
     """Stages 3 to 7: returns a Selection, three random directions, and the detector's table."""
     stage("3 means", "at each position of the tail, at the one before it, and at each layer")
-    # index 0 is t_inst, which only the detector needs; the tail follows
+    # index 0 is t_inst, which only the detector needs; -1 is the last token as before
     n_read = len(template_tail(tokenizer)) + 1
     harmful_mean = mean_activations(model, tokenizer, data["harmful"]["train"], n_read)
     harmless_mean = mean_activations(model, tokenizer, data["harmless"]["train"], n_read)
@@ -1695,7 +1691,7 @@ def find_direction(args, model, tokenizer, data):
         say(f"every stream is extremely long in {len(massive)} directions: all vectors that follow",
             "are made orthogonal to these")
     directions = keep_off(directions, massive)
-    # three random directions for controls, the same for the same seed
+    # three random directions, the same for the same seed (`interventions` gives them d's length)
     rng = torch.Generator().manual_seed(args.seed)
     random_vectors = keep_off(torch.randn(3, directions.shape[-1], generator=rng), massive)
     along = along_each(model, tokenizer, data, directions)  # kind -> (prompt, position, layer)
@@ -1735,7 +1731,8 @@ def run(args):
     chosen, random_vectors, detector = find_direction(args, model, tokenizer, data)
 
     stage("9 replies", "the model as it is, with the direction ablated, and with it added")
-    ways = interventions(model, chosen, random_vectors)  # with the random controls
+    # what is done to the model, by name
+    ways = interventions(model, chosen, random_vectors)
     show_replies(model, tokenizer, args.prompt, ways)
     stage("9 refusals", "held-out prompts: how many are refused, and how many others are broken")
     replies = compare(model, tokenizer, data, ways)
