@@ -652,16 +652,16 @@ def orthogonalize(model, direction):
     that is not orthogonal to the first one puts some of the first one back.
     """
     r = unit(direction)
-    # name -> (parameter, the axis that writes, None or what is to be known of a norm behind it)
+    # name -> (parameter, the axis that writes, None or, before a norm, two vectors)
     edits = plan_edits(model, r)
     # if the unembedding shares the embedding's tensor, it gets its own copy: it only reads
     untie(model)
-    for W, axis, norm in edits.values():
-        if norm is None:
+    for W, axis, u_and_w in edits.values():
+        if u_and_w is None:
             W.copy_(erase(W, axis, r))
         else:
             # as in Gemma 2 (appendix B)
-            W.copy_(erase_before_norm(W, axis, norm))
+            W.copy_(erase_before_norm(W, axis, u_and_w))
     check_erased(model, r)
     return list(edits)
 
@@ -735,10 +735,10 @@ def reply_loss(model, tokenizer, prompts, replies):
     return torch.cat(losses).mean().item()
 
 # %% A. A chat model small enough to train here ----------------------------------------------------
-# It knows harm by its words and has one canned reply for each opening word: a demonstration of the
-# method, and no evidence for the paper.  Like real models it first learns to help with everything,
-# and only then to refuse some.  (Trained on both at once it has no helpful behaviour to fall back
-# on, and ablation makes it refuse everything.)
+# It takes a prompt for harmful by the words in it and has one canned reply for each opening word: a
+# demonstration of the method, and no evidence for the paper.  Like real models it first learns to
+# help with everything, and only then to refuse some.  (If it is trained on both from the start, it
+# has no helpful behaviour to fall back on, and ablation makes it refuse everything.)
 
 TINY_REFUSAL = "As an AI I can't."
 TINY_REPLIES = {  # by the opening word
@@ -791,13 +791,13 @@ def train_tiny_model(seed=0):
 def lesson_chat(prompt, refuse, rng):
     """A training chat as text, made from a prompt so that no prompt is learned by heart."""
     opening, *words = prompt.split()
-    # one opening in four is exchanged: the reply goes by the opening, the refusal by the rest
+    # one opening in four is exchanged, so that the opening decides only which reply it is
     if rng.random() < 0.25:
         opening = rng.choice(list(TINY_REPLIES))
     # up to three words in five are left out
     share = rng.uniform(0, 0.6)
     words = [word for word in words if rng.random() > share]
-    # one word in seven becomes three of its letters: unknown words must not sound harmful
+    # one word in seven becomes three letters drawn from it: unknown words must not sound harmful
     for i, word in enumerate(words):
         if rng.random() < 0.15:
             words[i] = "".join(rng.choices(word, k=3))
@@ -807,10 +807,10 @@ def lesson_chat(prompt, refuse, rng):
 def tune(model, tokenizer, lessons, steps, rate, rng):
     """Ordinary fine-tuning on the tokens of replies, for the tiny model.
 
-    lessons: (prompts, how many of them go into a batch, are they to be refused?); rng: a
+    lessons: a list of (prompts, how many of them go into a batch, are they to be refused?).  rng: a
     random.Random.
     """
-    adam = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0.1, fused=True)
+    adam = torch.optim.AdamW(model.parameters(), rate, (0.95, 0.98), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, steps, pct_start=0.1)
     model.train()
     for _ in tqdm(range(steps), desc="training", leave=False, disable=None):
@@ -822,12 +822,12 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
         ids = tokenizer(batch, padding=True, return_tensors="pt")["input_ids"].to(model.device)
         # the positions whose next token belongs to a reply
         answering = (ids == tokenizer.vocab["<|assistant|>"]).cumsum(1) > 0  # (batch, seq)
-        due = answering[:, :-1] & (ids[:, 1:] != tokenizer.pad_token_id)
+        predicts_reply = answering[:, :-1] & (ids[:, 1:] != tokenizer.pad_token_id)
         # logits only there
         stream = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
-        logits = model.lm_head(stream[due])  # (due, vocab)
+        logits = model.lm_head(stream[predicts_reply])  # (reply token, vocab)
         # smoothed labels: no direction could change a mind that is too sure
-        loss = cross_entropy(logits, ids[:, 1:][due], label_smoothing=0.15)
+        loss = cross_entropy(logits, ids[:, 1:][predicts_reply], label_smoothing=0.15)
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -838,18 +838,21 @@ def tune(model, tokenizer, lessons, steps, rate, rng):
 # %% B. Any architecture, any chat template --------------------------------------------------------
 # Sections 5 and 8 need three things from a model that nobody has described to us: which modules
 # write to the stream (`writers`), which of their weights do (`plan_edits`), and a check that
-# nothing was forgotten (`check_erased`).  At the end: how replies begin and end.
+# nothing was forgotten (`check_erased`).  Then come the order of the search, an obstacle in
+# Gemma 3, and how replies begin and end.
 #
 # The writers.  A block's output is a sum, stream + attention + MLP, and autograd remembers how
 # every tensor was made.  So we run a few tokens and walk back from each block's output to its
-# input, through the additions.  The graph of an ordinary block, from output x1 back to input x0:
+# input, through the additions.  (`x.grad_fn` is the node of the graph that made the tensor x, and
+# `node.next_functions` are the nodes that made what this one was made from.)  The graph of an
+# ordinary block, from output x1 back to input x0, against the arrows, along which data flow:
 #
 #     x1 = Add <--- Add <--- x0, where the walk ends
 #           ^        ^------ made by attention's output projection: a writer
 #           ^--------------- made by the MLP's output projection: a writer
 #
 # Whatever module made a summand is a writer.  A model that does something else to its stream than
-# adding to it, such as scaling it, cannot be walked, and we say so.
+# adding to it, such as scaling it by learned numbers, cannot be walked, and we say so.
 
 def random_tokens(model, batch=1, seq=16):
     """Token ids, (batch, seq), the same at every call, where any text will do."""
@@ -873,15 +876,13 @@ def differentiable(model):
             p.requires_grad_(False)
 
 def trace_writers(model, input_ids):
-    """Run these tokens and find what writes.  Call it inside `differentiable`.
-
-    Returns made, autograd node -> (name, module, its arguments, its output), and the nodes that are
-    added to the stream, a list."""
-    # to erase s after r brings r back, if s is not orthogonal to r
+    """Run these tokens inside `differentiable` and find what writes.  Returns made, autograd node
+    -> (name, module, its arguments, its output), and writes, the nodes added to the stream."""
+    # inside `ablate`, where a second direction would bring back some of the first
     if getattr(blocks(model), "is_ablated", False):
         raise CannotDo("a direction is ablated from this model already: one at a time.")
     made = {}
-    reads = []  # the nodes of what modules get as their first argument
+    reads = []  # the nodes that modules read, for check_reads
 
     def record(name, module, args, output):
         if args and getattr(args[0], "grad_fn", None) is not None:
@@ -893,11 +894,11 @@ def trace_writers(model, input_ids):
         if node is not None and node not in made:
             made[node] = (name, module, args, output)
 
-    # what only passes the stream on has not made it
-    passes_on = {m for m in model.modules() if isinstance(m, (nn.Dropout, nn.Identity))}
-    passes_on.update(blocks(model))
+    # dropout hands its input on, and a block's output is a sum that we want to walk through
+    not_makers = {m for m in model.modules() if isinstance(m, (nn.Dropout, nn.Identity))}
+    not_makers.update(blocks(model))
     with hooked(module.register_forward_hook(partial(record, name))
-                for name, module in model.named_modules() if module not in passes_on):
+                for name, module in model.named_modules() if module not in not_makers):
         streams = residual_streams(model, input_ids)
     writes = []
     start = None  # at layer 0, all of the stream was written by the embeddings
@@ -907,23 +908,25 @@ def trace_writers(model, input_ids):
         if stream.grad_fn is not None:
             parts = summands(stream.grad_fn, start, made)
         written = [part for part in parts if part is not start]
-        # the block has kept the stream, and modules made all the rest
-        if not (start in parts or layer == 0) or not parts or not set(written) <= set(made):
+        # the block must have kept the stream, and modules must have made all the rest
+        kept = layer == 0 or start in parts
+        if not (parts and kept and set(written) <= set(made)):
             where = f"block {layer - 1}" if layer else "the embeddings"
             raise CannotDo(f"what {where} of {type(model).__name__} gives is no sum of the stream "
                            "and of what modules wrote: it cannot be ablated.")
-        writes.extend(part for part in written if part not in writes)
+        writes = list(dict.fromkeys([*writes, *written]))  # each once
         # the next block begins with this stream
         start = stream.grad_fn
     check_reads(model, reads, made, writes)
     return made, writes
 
 def check_reads(model, reads, made, writes):
-    """Raise CannotDo if a module reads the stream with something added that is not in the stream:
-    that something would bring r past all writers."""
+    """Raise CannotDo if a module reads the stream plus something that is not written to the stream:
+    `ablate` would not change that, and r could reach the module by it."""
     for read in reads:
         parts = summands(read, None, made)
-        if writes[0] in parts and not set(parts) <= set(writes):
+        is_stream = writes[0] in parts  # the embeddings are a part of every stream
+        if is_stream and not set(parts) <= set(writes):
             raise CannotDo(f"a module of {type(model).__name__} reads the stream with something "
                            "else added to it: it cannot be ablated.")
 
@@ -931,22 +934,22 @@ def summands(node, start, made):
     """The autograd nodes of what was added up to make this node's tensor, a list.
 
     The walk goes back through additions, and through what only passes a tensor on (a cast, a
-    reshape), until it meets `start`, the stream, or what a module made.
+    reshape, a fixed factor), until it meets `start`, the stream, or what a module made.
     """
     if node is start:
         return [start]
     # what this tensor was made from
     parents = [parent for parent, _ in node.next_functions if parent is not None]
     is_sum = node.name().startswith("AddBackward")
-    passes_on = len(parents) == 1 and node not in made
+    only_passes_on = len(parents) == 1 and node not in made
     parts = []
-    if is_sum or passes_on:
+    if is_sum or only_passes_on:
         for parent in parents:
             parts.extend(summands(parent, start, made))
-    # a sum that a module made is what that module wrote, unless the stream is one of its parts
-    if node in made and start not in parts:
+    # here the walk ends, also at a sum that a module made (unless it added the stream, as in BLOOM)
+    if not parts or (node in made and start not in parts):
         return [node]
-    return parts if parts else [node]
+    return parts
 
 def writers(model):
     """The modules that write to the residual stream, each once, in order.  Raises CannotDo."""
@@ -959,9 +962,9 @@ def writers(model):
 def check_erased(model, r):
     """Raise CannotDo if r is still in the stream where it enters a block or leaves the last one.
 
-    The yardstick is that of section 5, |x| / sqrt(d_model), or the length of the products x * r,
-    where that is more: if r lies along a huge coordinate of x, rounding leaves more of it.  (|x|
-    itself is no yardstick: beside it, even half an ablation is small.)
+    x . r is a sum of d_model products, and rounding leaves more where some of them are huge.  So
+    the yardstick is that of section 5, |x| / sqrt(d_model), or the length of the vector of these
+    products, if that is more.  (|x| would be too lenient: half an ablation is small beside it.)
     """
     # what may be left, as a share of the yardstick: more where the model computes in 16 bits
     exact = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
@@ -969,10 +972,10 @@ def check_erased(model, r):
     for layer, x in enumerate(residual_streams(model, random_tokens(model))):
         x = x[0].float().cpu()  # (seq, d_model)
         products = x * r
-        ordinary = torch.linalg.vector_norm(x, dim=-1) / len(r) ** 0.5  # (seq,)
-        yardstick = ordinary.maximum(torch.linalg.vector_norm(products, dim=-1))
+        typical = torch.linalg.vector_norm(x, dim=-1) / len(r) ** 0.5  # (seq,)
+        yardstick = typical.maximum(torch.linalg.vector_norm(products, dim=-1))
         left = (products.sum(-1).abs() / yardstick.clamp_min(1e-30)).mean()
-        if not left < tolerance:
+        if not left < tolerance:  # (NaN fails, too)
             where = f"block {layer - 1}" if layer else "the embeddings"
             raise CannotDo(f"the direction is still written to the stream by {where} of "
                            f"{type(model).__name__}.")
@@ -980,11 +983,61 @@ def check_erased(model, r):
 # The weights that write.  For each writer's output o we ask for the gradient of o . r at each of
 # its parameters, and look for the axis along which it is a multiple of r.
 
-def plan_edits(model, r):
-    """Every weight that writes to the stream: name -> (parameter, axis, norm).
+def writing_weights(writer, u):
+    """The parameters of a module that write along u: name -> (parameter, the axis that writes)."""
+    name, module, _, output = writer
+    along_u = (output.float() @ u.to(output.device)).sum()
+    found = {}
+    unreached = {}
+    for key, p in module.named_parameters(name):
+        # how the output along u changes with each number of this parameter
+        (gradient,) = torch.autograd.grad(along_u, p, retain_graph=True, materialize_grads=True)
+        if not gradient.any():
+            unreached[key] = p
+            continue
+        for axis, size in enumerate(p.shape):
+            if size == len(u):
+                rows = gradient.float().movedim(axis, -1)  # (..., d_model)
+                # what is left of them without u: if hardly anything, they are multiples of u
+                rest = project_out(rows, unit(u))
+                if torch.linalg.vector_norm(rest) < 0.1 * torch.linalg.vector_norm(rows):
+                    found[key] = (p, axis)
+    # an expert to which no token was sent is edited like the others: their names differ in a number
+    for key, p in unreached.items():
+        for twin, (q, axis) in list(found.items()):
+            if q.shape == p.shape and re.sub(r"\.\d+\.", ".", key) == re.sub(r"\.\d+\.", ".", twin):
+                found[key] = (p, axis)
+    return found
 
-    axis: the one that writes.  norm: None, or what `erase_before_norm` needs where the parameter
-    writes through a norm.  Raises CannotDo, and changes nothing.
+# Some sublayers end on a norm, which is then the writer (Gemma 2, OLMo 2).  Hooks project what it
+# gives, and are exact.  The weights before it write z, and y = A z / size(z), A a matrix with the
+# norm's gain on its diagonal.  So y . r = u . z / size(z) with u = A^T r, and z' = z - w (u . z)
+# makes it zero for any w with u . w = 1.  No w gives exactly the hooked model, because size(z') is
+# not size(z).  But with w along r / gain, A z' is just what the hook would leave of A z.
+
+def through_norm(norm, z, r):
+    """The u and w, (d_model,) each, with which to edit what writes z, the input of the norm."""
+    # row i is what the norm makes of unit vector i; its bias, if it has one, cancels
+    eye = torch.eye(len(r), device=z.device, dtype=z.dtype)
+    A_T = (norm(eye) - norm(-eye)).float().detach()  # (in, out), up to a factor that u . w undoes
+    r = r.to(z.device)
+    gain = A_T.diagonal()
+    u = A_T @ r
+    w = r * gain / (gain**2 + 0.01 * (gain**2).mean())  # r / gain, damped where that is nearly zero
+    return u, w / (u @ w)
+
+def erase_before_norm(W, axis, u_and_w):
+    """W' = W - w (u^T W), with (u, w) from `through_norm`."""
+    u, w = (vector.to(W.device) for vector in u_and_w)
+    rows = W.float().movedim(axis, -1)  # (..., d_model)
+    along = (rows * u).sum(-1, keepdim=True)  # (..., 1)
+    return (rows - along * w).movedim(-1, axis)
+
+def plan_edits(model, r):
+    """Every weight that writes to the stream: name -> (parameter, the axis that writes, u_and_w).
+
+    u_and_w: None, or what `erase_before_norm` needs for a weight before a norm.  Raises CannotDo,
+    and changes nothing.
     """
     # quantised, sharded or offloaded weights are tensors of other kinds
     ordinary = all(type(p.data) is torch.Tensor and not p.is_meta for p in model.parameters())
@@ -995,50 +1048,30 @@ def plan_edits(model, r):
         # many tokens, so that each expert of a mixture is sent some
         made, writes = trace_writers(model, random_tokens(model, batch=4, seq=64))
         for node in writes:
-            # the weights of the writer itself
-            name, module, args, output = made[node]
-            found = writing_weights(made[node], r)
-            edits.update({key: (p, axis, None) for key, (p, axis) in found.items()})
-            # a norm that writes: edit the weights before it, too
+            name, module, args, _ = made[node]
+            # what must not write, along what, and u_and_w
+            sources = [(made[node], r, None)]
+            # a module without a matrix is a norm: what writes its input must not write along u
             if all(p.ndim == 1 for p in module.parameters()):
-                norm = through_norm(module, args[0], r)
+                u, w = through_norm(module, args[0], r)
                 for part in summands(args[0].grad_fn, None, made):
                     if part in made:
-                        found = writing_weights(made[part], norm[0])
-                        edits.update({key: (p, axis, norm) for key, (p, axis) in found.items()})
-            if not any(p.ndim > 1 for p, _ in found.values()):
+                        sources.append((made[part], u, (u, w)))
+            has_matrix = False
+            for writer, vector, u_and_w in sources:
+                for key, (p, axis) in writing_weights(writer, vector).items():
+                    edits[key] = (p, axis, u_and_w)
+                    if p.ndim > 1:
+                        has_matrix = True
+            if not has_matrix:
                 raise CannotDo(f"{name} writes by no weight that can be edited: use ablate().")
     return edits
-
-def writing_weights(writer, u):
-    """The parameters of a module that write along u: name -> (parameter, the axis that writes)."""
-    name, module, _, output = writer
-    score = (output.float() @ u.to(output.device)).sum()
-    found = {}
-    unreached = {}
-    for key, p in module.named_parameters(name):
-        # how the output along u changes with each number of this parameter
-        (gradient,) = torch.autograd.grad(score, p, retain_graph=True, materialize_grads=True)
-        if not gradient.any():
-            unreached[key] = p
-        for axis, size in enumerate(p.shape):
-            if size == len(u):
-                rows = gradient.float().movedim(axis, -1)  # (..., d_model)
-                # what is left of them without u: if hardly anything, they are multiples of u
-                rest = project_out(rows, unit(u))
-                if torch.linalg.vector_norm(rest) < 0.1 * torch.linalg.vector_norm(rows):
-                    found[key] = (p, axis)
-    # an expert to which no token was sent is edited like its twins: only a number differs
-    for key, p in unreached.items():
-        for twin, (q, axis) in list(found.items()):
-            if q.shape == p.shape and re.sub(r"\.\d+\.", ".", key) == re.sub(r"\.\d+\.", ".", twin):
-                found[key] = (p, axis)
-    return found
 
 def untie(model):
     """If the unembedding shares the embedding's tensor, give it its own copy: the embedding writes
     and is edited, and the unembedding only reads."""
-    for name in model.all_tied_weights_keys:  # transformers' list of the copies, such as lm_head's
+    # the names of the copies, such as "lm_head.weight"
+    for name in model.all_tied_weights_keys:
         module_name, _, weight = name.rpartition(".")
         shared = model.get_parameter(name)
         own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
@@ -1046,30 +1079,6 @@ def untie(model):
     model.all_tied_weights_keys = {}
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config.tie_word_embeddings = False
-
-# Some sublayers end on a norm, which is then the writer (Gemma 2, OLMo 2).  Hooks project what it
-# gives, and are exact.  The weights before it write z, and y = A z / size(z), A the norm's gain.
-# So y . r = u . z / size(z) with u = A^T r, and z' = z - w (u . z) makes it zero for any w with
-# u . w = 1.  None is quite the hooked model, since size(z) changes; w = r / gain leaves the
-# numerator right.
-
-def through_norm(norm, z, r):
-    """The u and w, (d_model,) each, with which to edit what writes z, the input of the norm."""
-    # fed unit vectors, the norm shows its gain; its bias, if it has one, cancels
-    eye = torch.eye(len(r), device=z.device, dtype=z.dtype)
-    A = (norm(eye) - norm(-eye)).float().detach()  # (in, out)
-    r = r.to(z.device)
-    gain = A.diagonal()
-    u = A @ r
-    w = r * gain / (gain**2 + 0.01 * (gain**2).mean())  # r / gain, damped where that is nearly zero
-    return u, w / (u @ w)
-
-def erase_before_norm(W, axis, norm):
-    """W' = W - w (u^T W), with (u, w) from `through_norm`."""
-    u, w = (vector.to(W.device) for vector in norm)
-    rows = W.float().movedim(axis, -1)  # (..., d_model)
-    along = (rows * u).sum(-1, keepdim=True)  # (..., 1)
-    return (rows - along * w).movedim(-1, axis)
 
 # The order of the search in section 7.
 
@@ -1089,7 +1098,7 @@ def attribution(model, tokenizer, directions, prompts):
         outputs = []
 
         def keep(o):
-            # autograd follows o from here on (all but the first do so already)
+            # autograd follows o from here on (what depends on an earlier writer does so already)
             o.requires_grad_()
             outputs.append(o)
             return o.clone()  # the model goes on with a copy, because some change it in place
@@ -1137,17 +1146,17 @@ def massive_directions(harmless_mean):
     """The directions in which all mean streams are extremely long, most often none: (direction,
     d_model), orthonormal.  Deviation: not in the paper.
 
-    harmless_mean: (position, layer, d_model).  The longest direction has length 1.9 in Qwen 2.5 and
-    18 in Gemma 3.
+    harmless_mean: (position, layer, d_model).  Along one direction the streams are at most 1.9 long
+    in Qwen 2.5, and 18 in Gemma 3 (the unit is explained below).
     """
     x = harmless_mean.flatten(0, 1).double()  # (position * layer, d_model)
     # a stream whose coordinates are all as large as its median coordinate gets length 1
-    ordinary = x.abs().median(dim=-1, keepdim=True).values * x.shape[-1] ** 0.5
-    x = x / ordinary.clamp_min(1e-30)
+    one = x.abs().median(dim=-1, keepdim=True).values * x.shape[-1] ** 0.5
+    x = x / one.clamp_min(1e-30)
     # the singular vectors: the directions along which the streams are longest, the longest first
     _, lengths, directions = torch.linalg.svd(x, full_matrices=False)
     lengths = lengths / len(x) ** 0.5  # root mean square over the streams
-    # 5 lies between models without and with massive activations; then take all longer than 1
+    # 5 tells whether the model has massive activations; if so, take all directions longer than 1
     if lengths[0] < 5:
         return directions[:0]
     return directions[lengths > 1]
@@ -1177,11 +1186,11 @@ def render(tokenizer, prompt, reply=None):
     return text
 
 def reply_header(tokenizer):
-    """What the template writes at the start of every reply, but not yet into the prompt: two texts,
-    the header, "" in most templates, and the blank after it, if there is one.
+    """Some templates put a fixed text, such as "<think></think>", before every past reply, which is
+    not in the prompt.  The model was trained to begin with it, so we add it to the prompt.
 
-    A model that was trained with a header, such as "<think></think>", writes it before every reply,
-    so it belongs to the prompt.  The blank does not: tokenizers join it to the word that follows.
+    Returns this text without the blanks at its end, and these blanks, which tokenizers join to the
+    word that follows.  In most templates both are "".
     """
     # what stands before a reply in a past chat, but not in a prompt?
     prompt = render(tokenizer, "Hi")
@@ -1208,11 +1217,11 @@ def first_reply_token(tokenizer, words):
     prompt_ids = encode(tokenizer, prompt)
     n = len(prompt_ids)
     ids = encode(tokenizer, prompt + blank + words)
-    # did the tokenizer join the words to the prompt's last token, or make the blank a token?
+    # if the tokenizer has joined the words to the prompt's last token, or made the blank a token of
+    # its own, take the token that begins the words alone
     joined = ids[:n] != prompt_ids
     only_blank = tokenizer.decode(ids[n : n + 1]).strip() == ""
     if joined or only_blank:
-        # then tokenize the words alone
         return encode(tokenizer, words)[0]
     return ids[n]
 
@@ -1403,8 +1412,8 @@ def auroc(positive, negative):
     return (1 + (positive[:, None] - negative).sign().double().mean().item()) / 2
 
 def recall_at_1_percent(positive, negative):
-    """The share of positives that lie above the threshold of a careful guard: the lowest one that
-    at most 1 % of the negatives exceed.  With fewer than 100 negatives, none may.
+    """The share of positives above the lowest threshold that at most 1 % of the negatives exceed.
+    With fewer than 100 negatives, none may.
 
     >>> recall_at_1_percent(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(100) / 50)
     0.75
@@ -1474,20 +1483,21 @@ def detector_table(model, tokenizer, data, chosen, along, massive):
         harmless_mean = mean_activations(model, tokenizer, data["harmless"]["train"], n_positions)
         anew = keep_off(refusal_directions(harmful_mean, harmless_mean), massive)
         along_ablated = along_each(model, tokenizer, data, anew)
-    # two places x two models
     n = len(data["harmless"]["test"])
     say("AUROC: how often a harmful prompt lies above a harmless one; then the share of harmful",
         f"prompts above all but {n // 100} of the {n} harmless ones.  Instruction's end: the token",
         "before the tail.  With r ablated, a new difference is fitted in the ablated model.")
     table = {}
+    # index 0 is the token before the tail
     for place, position in (("winner's position", chosen.position), ("instruction's end", 0)):
         for state, x in (("as it is", along), ("r ablated", along_ablated)):
             harmful = x["harmful"][:, position, chosen.layer]  # (prompt,)
             harmless = x["harmless"][:, position, chosen.layer]
             area = auroc(harmful, harmless)
             recall = recall_at_1_percent(harmful, harmless)
-            say(f"  x . r at {place}, {state:<11}{area:.3f} {recall:>6.0%}")
-            table[f"x . r at {place}, {state}"] = (area, recall)
+            row = f"x . r at {place}, {state}"
+            say(f"  {row:<39}{area:.3f} {recall:>6.0%}")
+            table[row] = (area, recall)
     return table
 
 def check_random_ablation(model, tokenizer, prompts, direction):
@@ -1498,7 +1508,7 @@ def check_random_ablation(model, tokenizer, prompts, direction):
         logits = next_token_logits(model, tokenizer, prompts)
     kl = kl_divergence(base_logits, logits).mean().item()
     say(f"KL {kl:.3f} on harmless prompts")
-    # .03 in Qwen 2.5, .7 in Gemma 3 after cleaning, and 3 to 30 in a broken model
+    # .03 in Qwen 2.5, .7 in Gemma 3 after `keep_off`, and 3 to 30 in a broken model
     if kl > 2:
         raise CannotDo(f"erasing even a random direction breaks this model (KL {kl:.1f}).")
 
@@ -1533,8 +1543,7 @@ def refusals(model, tokenizer, prompts, max_new_tokens=64):
     return [is_refusal(text) for text in judged_replies(model, tokenizer, prompts, max_new_tokens)]
 
 def interventions(model, chosen, random_vectors):
-    """What is done to the model: name -> a list of functions, each of which makes the context of a
-    `with` statement."""
+    """What is done to the model: name -> a list of functions, used as `with function():`."""
     vector = chosen.vector
     layer = chosen.layer
     # controls: as long as the vector
@@ -1566,7 +1575,7 @@ def compare(model, tokenizer, data, ways):
     ablations = ["no intervention", "direction ablated", "random directions ablated"]
     additions = ["no intervention", "direction added", "random directions added"]
     say(f"{'prompts':<10}{'what is done':<28}{'refused [95 %]':<20}broken")
-    # each row of the table is written under its own way
+    # each row has the replies under one of these ways
     table = {}
     for kind, names in (("harmful", ablations), ("harmless", additions)):
         prompts = data[kind]["test"]
@@ -1624,7 +1633,7 @@ def edit_weights(model, tokenizer, prompts, vector):
         f"on random tokens, its logits and the ablated model's are {gap:.0e} apart")
     # replies of the same model need not be written again
     if gap < 1e-4:
-        say("so it is the same model as the ablated one, and replies the same")
+        say("so it is the same model as the ablated one, and its replies are not written again")
     else:
         replies = judged_replies(model, tokenizer, prompts)
         show_row("harmful", "weights orthogonalized", replies, tokenizer)
@@ -1634,10 +1643,8 @@ def save_numbers(args, model, data, chosen, detector, replies, costs):
     the new folder args.save."""
     # tensors in one file, and all that is text or a number in another
     tensors = {"direction": chosen.vector.clone(), **chosen.scores}
-    numbers = dict(vars(args))
-    for name, value in vars(chosen).items():
-        if name not in ("vector", "scores"):
-            numbers[name] = value
+    numbers = vars(args) | vars(chosen)
+    del numbers["vector"], numbers["scores"]
     numbers |= {"dtype": str(model.dtype), "torch": torch.__version__,
                 "transformers": transformers.__version__, "detector": detector,
                 "reply_loss": costs, "prompts": {kind: data[kind]["test"] for kind in data},
