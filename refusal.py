@@ -139,9 +139,9 @@ def encode(tokenizer, text):
 
 def chat_ids(tokenizer, prompts):
     """Instructions -> chats that wait for a reply: a list of token ids for each."""
-    # a string would be read letter by letter
-    if isinstance(prompts, str):
-        raise CannotDo("prompts must be a list of instructions, and not one text.")
+    # a text would be read letter by letter, and of a dict the keys
+    if not isinstance(prompts, (list, tuple)):
+        raise CannotDo("prompts must be a list of instructions.")
     # chat_text (appendix B) applies the template: the line drawn above
     return [encode(tokenizer, chat_text(tokenizer, prompt)) for prompt in prompts]
 
@@ -215,15 +215,16 @@ def hook_output(module, change):
 
 @contextmanager
 def hooked(handles):
-    """The hooks are in already; this takes them out when the `with` statement ends, whatever
-    happened inside it.  handles: what hook_input and hook_output return."""
-    handles = list(handles)
+    """Take hooks out when the `with` statement ends, whatever happened inside it.  handles: what
+    hook_input and hook_output return when they put them in."""
+    put_in = []
     try:
+        put_in.extend(handles)
         # compiled code would skip hooks
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for handle in handles:
+        for handle in put_in:
             handle.remove()
 
 def forward(model, input_ids, n_last=1):
@@ -379,8 +380,9 @@ def ablate(model, direction):
         o' = o - (o . r) r        for the output o of every writer, r = direction / |direction|
 
     direction: (d_model,), of any length.  Raises CannotDo if r is not gone, and inside another
-    `ablate`: erasing a second direction would bring back some of the first.  Deviation: the paper
-    also projects what enters blocks, which changes nothing when all writers are free of r.
+    `ablate`, because erasing a second direction would bring back some of the first: so inside,
+    `blocks(model).is_ablated` is True, and `writers` refuses.  Deviation: the paper also projects
+    what enters blocks, which changes nothing when all writers are free of r.
     """
     r = unit(direction)
 
@@ -390,7 +392,7 @@ def ablate(model, direction):
     with hooked([hook_output(module, erase_r) for module in writers(model)]):
         check_erased(model, r)
         try:
-            blocks(model).is_ablated = True  # the mark that a second `ablate` sees, by `writers`
+            blocks(model).is_ablated = True
             yield
         finally:
             blocks(model).is_ablated = False
@@ -540,7 +542,7 @@ def choose(scores):
 #
 #     change of the score  ~  sum over writers and tokens of  gradient . (-(o . r) r)
 #
-# The gradient is the same for every r, so one forward and one backward pass a batch are enough.
+# The gradient is the same for every r, so one forward and one backward pass a prompt are enough.
 # (This is known as attribution patching.)  `most_promising_first` (appendix B) sorts the candidates
 # by it, the lowest estimate first.  The search measures in this order, and stops early.
 
@@ -599,7 +601,7 @@ def select_direction(model, tokenizer, directions, harmful_val, harmless_val, ex
     scores = {"bypass": bypass, "induce": induce, "kl": kl}
     winner = choose(scores)
     if winner is None:
-        raise CannotDo(f"no candidate is left: all that are not too late have KL > {KL_MAX}.")
+        raise CannotDo(f"no candidate is left: all are zero, too late, or have KL > {KL_MAX}.")
     return Selection(
         position=winner[0], layer=winner[1], vector=directions[winner].float(),
         bypass=bypass[winner].item(), induce=induce[winner].item(), kl=kl[winner].item(),
@@ -654,7 +656,7 @@ def orthogonalize(model, direction):
     r = unit(direction)
     # name -> (parameter, the axis that writes, None or, before a norm, two vectors)
     edits = plan_edits(model, r)
-    # if the unembedding shares the embedding's tensor, it gets its own copy: it only reads
+    # if the unembedding shares the embedding's tensor, it gets its own copy, because it only reads
     untie(model)
     for W, axis, u_and_w in edits.values():
         if u_and_w is None:
@@ -952,7 +954,8 @@ def summands(node, start, made):
     return parts
 
 def writers(model):
-    """The modules that write to the residual stream, each once, in order.  Raises CannotDo."""
+    """The modules that write to the residual stream, each once, in order.  Raises CannotDo, also
+    inside `ablate`."""
     with differentiable(model):
         made, writes = trace_writers(model, random_tokens(model))
     # a module that runs twice is one writer
@@ -968,6 +971,8 @@ def check_erased(model, r):
     """
     # what may be left, as a share of the yardstick: more where the model computes in 16 bits
     exact = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
+    if torch.is_autocast_enabled(model.device.type):
+        exact = False
     tolerance = 1e-4 if exact else 0.03
     for layer, x in enumerate(residual_streams(model, random_tokens(model))):
         x = x[0].float().cpu()  # (seq, d_model)
@@ -1571,7 +1576,7 @@ def show_replies(model, tokenizer, prompts, ways):
 
 def compare(model, tokenizer, data, ways):
     """Stage 9, the paper in one table.  Returns the replies to all test prompts, in their order:
-    "kind, way" -> a list of text; those that refuse are cut short."""
+    "kind, way" -> a list of text; those that refuse at once are cut short."""
     ablations = ["no intervention", "direction ablated", "random directions ablated"]
     additions = ["no intervention", "direction added", "random directions added"]
     say(f"{'prompts':<10}{'what is done':<28}{'refused [95 %]':<20}broken")
@@ -1613,9 +1618,10 @@ def show_costs(model, tokenizer, prompts, replies, ways):
         return costs
     for name in ("no intervention", "direction ablated", "random directions ablated",
                  "direction added"):
+        label = name.replace("random directions", "a random direction")
         with ways[name][0]():
-            costs[name] = reply_loss(model, tokenizer, prompts, replies)
-        say(f"{'':<10}{name:<28}{costs[name]:.3f}")
+            costs[label] = reply_loss(model, tokenizer, prompts, replies)
+        say(f"{'':<10}{label:<28}{costs[label]:.3f}")
     return costs
 
 def edit_weights(model, tokenizer, prompts, vector):

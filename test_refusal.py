@@ -241,10 +241,11 @@ def test_split_refuses_what_overlaps_or_is_empty(sizes):
     with cannot("cannot be taken from 8"):
         R.split("abcdefgh", *sizes)
 
-def test_one_string_is_no_list_of_prompts(toy):
-    """It would be taken apart into letters."""
+@pytest.mark.parametrize("prompts", ["Write a poem", {"train": ["Write a poem"]}])
+def test_what_is_no_list_of_prompts_is_refused(toy, prompts):
+    """A text would be read letter by letter, and of a dict the keys."""
     with cannot("prompts must be a list"):
-        R.refusal_scores(*toy, "Write a poem")
+        R.refusal_scores(*toy, prompts)
 
 # Chat templates: one of our own for each thing that real ones do, and the text that the model must
 # read after the instruction.
@@ -353,6 +354,14 @@ def test_one_logit_that_is_no_number_is_refused(toy):
     with cannot("NaN or infinity"):
         R.next_token_logits(*toy, PROMPTS)
 
+def test_a_hook_that_cannot_be_put_in_leaves_none_behind(toy):
+    """Hooks come from a generator, which fails at the second: the first is out again."""
+    want = plain_logits(*toy, PROMPTS)
+    with pytest.raises(AttributeError):
+        with hook_outputs([R.blocks(toy[0])[0], None], torch.zeros_like):
+            pass
+    close(plain_logits(*toy, PROMPTS), want)
+
 def test_hooks_run_in_a_model_that_was_compiled_before(toy):
     """Its first run makes a program for this shape, without hooks, which must not run now."""
     model, tokenizer = toy
@@ -420,6 +429,12 @@ def test_the_proof_finds_one_writer_in_fifty(dtype):
         with hook_outputs(others, lambda o: out_of(o, r)):
             with cannot(f"written to the stream by {where} of"):
                 R.check_erased(model, r)
+
+def test_what_autocast_leaves_of_r_is_no_missed_writer(toy):
+    """Inside it a float32 model computes in 16 bits, and ablation is not refused for that."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with R.ablate(toy[0], randn(32)):
+            pass
 
 # %% 7. Choosing one direction ---------------------------------------------------------------------
 def test_the_search_agrees_with_the_plain_definitions(tiny):
@@ -1563,7 +1578,7 @@ def test_exercise_5b_ablate():
     """The ablated model is the one with the paper's hooks; an ablation that misses is refused.
     Predict: is it enough to project what enters blocks?
     Hint 1: Which modules put something into the stream?  From what they give, take r away.
-    Hint 2: Find `writers` first; `hook_output` on each, in one `hooked`; check_erased; then yield.
+    Hint 2: `hook_output` on each of `writers`, in one `hooked`; check_erased; mark; yield in a try.
     Answer: no: attention writes r back into the block before the MLP reads the stream."""
     model = small_model()[0]
     r = R.unit(randn(32))
@@ -1722,8 +1737,8 @@ def test_exercise_8a_erase():
 def test_exercise_8b_orthogonalize():
     """Exactly what writes is edited, as by hand; biases count, and the unembedding does not.
     Predict: must the unembedding be edited, too?
-    Hint 1: The docstring has the steps.  Which weights write, and which only read?
-    Hint 2: `erase`, or where norm is not None `erase_before_norm(W, axis, norm)`; then W.copy_.
+    Hint 1: Which weights write, and which only read?  What must be done before the first edit?
+    Hint 2: `plan_edits`, `untie`, W.copy_ of `erase` or `erase_before_norm`, then `check_erased`.
     Answer: nothing: the unembedding only reads.  So it is untied before the edit."""
     model, _ = small_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     model.bfloat16()
