@@ -392,6 +392,17 @@ def test_a_unit_vector_has_length_1(length):
         with cannot("a direction is one vector"):
             R.unit(nothing)
 
+def test_massive_directions_are_those_longer_than_1():
+    """In streams of signs, whose median coordinate is 1: channel 0 is 10 long, channel 1 is 1.5, and
+    the others .5.  If nothing is longer than 5, there are none."""
+    x = randn(4, 100).sign()
+    x[:, 0] = 100
+    x[:, 1] = 15 * torch.tensor([1, 1, -1, -1])
+    found = R.massive_directions(x[None])
+    assert found.abs().argmax(-1).tolist() == [0, 1]
+    x[:, 0] = 40
+    assert len(R.massive_directions(x[None])) == 0
+
 def test_a_model_with_a_massive_channel_bears_only_ablation_that_is_kept_off_it(toy):
     """Erasing a random direction takes a slice of the channel along, and the run stops there."""
     mean = R.mean_activations(*toy, PROMPTS)
