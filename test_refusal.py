@@ -241,6 +241,15 @@ def test_split_refuses_what_overlaps_or_is_empty(sizes):
     with cannot("cannot be taken from 8"):
         R.split("abcdefgh", *sizes)
 
+def test_prompts_are_the_lines_of_a_file(tmp_path):
+    """Each once, without the blanks around it, whatever an editor puts at the ends of lines."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffWrite a poem \r\n\n  Bake it\nWrite a poem".encode())
+    assert R.load_prompts(file) == ["Write a poem", "Bake it"]
+    file.write_text("\n")
+    with cannot("is empty"):
+        R.load_prompts(file)
+
 @pytest.mark.parametrize("prompts", ["Write a poem", {"train": ["Write a poem"]}])
 def test_what_is_no_list_of_prompts_is_refused(toy, prompts):
     """A text would be read letter by letter, and of a dict the keys."""
@@ -393,14 +402,14 @@ def test_a_unit_vector_has_length_1(length):
             R.unit(nothing)
 
 def test_massive_directions_are_those_longer_than_1():
-    """In streams of signs, whose median coordinate is 1: channel 0 is 10 long, channel 1 is 1.5, and
+    """In streams of signs, whose median coordinate is 1: channel 0 is 5.5 long, channel 1 is 1.5, and
     the others .5.  If nothing is longer than 5, there are none."""
     x = randn(4, 100).sign()
-    x[:, 0] = 100
+    x[:, 0] = 55
     x[:, 1] = 15 * torch.tensor([1, 1, -1, -1])
     found = R.massive_directions(x[None])
     assert found.abs().argmax(-1).tolist() == [0, 1]
-    x[:, 0] = 40
+    x[:, 0] = 45
     assert len(R.massive_directions(x[None])) == 0
 
 def test_a_model_with_a_massive_channel_bears_only_ablation_that_is_kept_off_it(toy):
@@ -839,6 +848,13 @@ def test_the_costs_are_the_losses_of_its_own_replies(finished, tiny):
         assert losses[name] == pytest.approx(loss, abs=1e-4)
         assert f" {name} {loss:.3f} " in finished.words
     assert len(losses) == 4
+
+def test_the_run_tells_its_stages_in_order(finished):
+    """Each under the number of its section; 8 is last, because it changes the model."""
+    headings = re.findall(r"^(\d \w+|end) ", finished.out, re.MULTILINE)
+    assert headings == ["1 model", "2 prompts", "3 means", "4 difference", "5 ablation",
+                        "7 choosing", "7 detector", "9 replies", "9 refusals", "9 cost",
+                        "8 weights", "end"]
 
 def test_replies_stand_under_their_headings(finished, tiny):
     """As it is, ablated, added: what `generate` gives in each of the three."""
