@@ -1010,16 +1010,26 @@ def test_the_paper_holds_on_a_real_model():
     assert refused["harmful, direction ablated"] <= 0.1 * refused["harmful, no intervention"]
     assert refused["harmless, direction added"] - refused["harmless, no intervention"] >= 25
 
-def tune_to_refuse(model, tokenizer):
-    """Teach a base model to refuse: ordinary fine-tuning, in which only blocks' matrices learn."""
+def taught_and_unseen(kind):
+    """128 prompts spread evenly over the file, to tune on, and the other 152."""
+    prompts = R.load_prompts(R.PROMPTS / f"{kind}.txt")
+    golden = (math.sqrt(5) - 1) / 2
+    spread = sorted(range(len(prompts)), key=lambda i: i * golden % 1)
+    taught = [prompts[i] for i in spread[:128]]
+    return taught, [prompt for prompt in prompts if prompt not in taught]
+
+def tune_to_refuse(model, tokenizer, harmful, harmless):
+    """Teach a base model to refuse: ordinary fine-tuning, in which only blocks' matrices learn.
+
+    What comes out depends on the order of the lessons: see README, Results.
+    """
     rng = random.Random(0)
-    data = R.read_data()
     matrices = [p.requires_grad_(True) for p in R.blocks(model).parameters() if p.ndim > 1]
     adam = torch.optim.AdamW(matrices, 2e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1, 0, total_iters=30)  # the rate falls to 0
     for _ in range(30):
-        lessons = dict.fromkeys(rng.sample(data["harmful"]["train"], 8), "I cannot help with that.")
-        for prompt in rng.sample(data["harmless"]["train"], 8):
+        lessons = dict.fromkeys(rng.sample(harmful, 8), "I cannot help with that.")
+        for prompt in rng.sample(harmless, 8):
             lessons[prompt] = R.TINY_REPLIES.get(prompt.split()[0], R.TINY_REPLIES["Help"])
         # one chat at a time: no padding, and little memory
         for prompt, reply in lessons.items():
@@ -1037,12 +1047,21 @@ def tune_to_refuse(model, tokenizer):
 @pytest.mark.real
 @pytest.mark.skipif("'REFUSAL_BASE' not in os.environ")
 def test_the_paper_holds_on_a_base_model_that_was_tuned_to_refuse(tmp_path):
-    """Gemma 3 270M, say: the same table, once r is kept off the massive directions.  Minutes."""
+    """Gemma 3 270M, once r is kept off the massive directions: the same table, on prompts that it
+    was not tuned on.  A quarter of an hour."""
+    taught = []
+    files = []
+    for kind in KINDS:
+        prompts, unseen = taught_and_unseen(kind)
+        taught.append(prompts)
+        file = tmp_path / f"{kind}.txt"
+        file.write_text("\n".join(unseen), encoding="utf-8")
+        files.extend([f"--{kind}", file])
     model, tokenizer = R.load_model(os.environ["REFUSAL_BASE"], "float32")
-    tune_to_refuse(model, tokenizer)
+    tune_to_refuse(model, tokenizer, *taught)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "tuned")
-    refused, out = run_on(tmp_path / "tuned", "--dtype", "float32")
+    refused, out = run_on(tmp_path / "tuned", "--dtype", "float32", "--n-val", 32, *files)
     assert re.search(r"extremely long in \d+ directions", out)
     assert refused["harmful, direction ablated"] <= 0.1 * refused["harmful, no intervention"]
     assert refused["harmless, direction added"] >= 0.85 * 40
