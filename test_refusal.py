@@ -402,7 +402,7 @@ def test_a_unit_vector_has_length_1(length):
             R.unit(nothing)
 
 def test_massive_directions_are_those_longer_than_1():
-    """In streams of signs, whose median coordinate is 1: channel 0 is 5.5 long, channel 1 is 1.5, and
+    """In streams of signs, with median coordinate 1: channel 0 is 5.5 long, channel 1 is 1.5, and
     the others .5.  If nothing is longer than 5, there are none."""
     x = randn(4, 100).sign()
     x[:, 0] = 55
