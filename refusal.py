@@ -142,8 +142,8 @@ def chat_ids(tokenizer, prompts):
     # a text would be read letter by letter, and of a dict the keys
     if not isinstance(prompts, (list, tuple)):
         raise CannotDo("prompts must be a list of instructions.")
-    # chat_text (appendix B) applies the template: the line drawn above
-    return [encode(tokenizer, chat_text(tokenizer, prompt)) for prompt in prompts]
+    # chat_texts (appendix B) applies the template: the line drawn above
+    return [encode(tokenizer, text) for text in chat_texts(tokenizer, prompts)]
 
 def template_tail(tokenizer):
     """The token ids that follow every instruction, a list.  Raises CannotDo if there are none.
@@ -641,7 +641,7 @@ def erase(W, axis, r):
     rows = W.movedim(axis, -1)  # (..., d_model): each row is what a stream was in section 5
     return project_out(rows, r).movedim(-1, axis)
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # if the caller is in it, the copy that `untie` makes could not train
 @torch.no_grad()
 def orthogonalize(model, direction):
     """Erase the direction, in place, from every weight that writes to the stream.  Paper, 4.1.
@@ -992,6 +992,7 @@ def writing_weights(writer, u):
     """The parameters of a module that write along u: name -> (parameter, the axis that writes)."""
     name, module, _, output = writer
     along_u = (output.float() @ u.to(output.device)).sum()
+    direction = unit(u)
     found = {}
     unreached = {}
     for key, p in module.named_parameters(name):
@@ -1004,7 +1005,7 @@ def writing_weights(writer, u):
             if size == len(u):
                 rows = gradient.float().movedim(axis, -1)  # (..., d_model)
                 # what is left of them without u: if hardly anything, they are multiples of u
-                rest = project_out(rows, unit(u))
+                rest = project_out(rows, direction)
                 if torch.linalg.vector_norm(rest) < 0.1 * torch.linalg.vector_norm(rows):
                     found[key] = (p, axis)
     # an expert to which no token was sent is edited like the others: their names differ in a number
@@ -1110,7 +1111,7 @@ def attribution(model, tokenizer, directions, prompts):
 
         with torch.enable_grad():
             with hooked(hook_output(module, keep) for module in modules):
-                logits = forward(model, input_ids)[:, -1].float()  # (batch, vocab)
+                logits = forward(model, input_ids)[:, -1].float()  # (1, vocab)
             gradients = torch.autograd.grad(log_odds(logits, tokens).sum(), outputs)
         change = torch.zeros(1, units.shape[1])
         for o, gradient in zip(outputs, gradients):
@@ -1210,15 +1211,16 @@ def reply_header(tokenizer):
     header = start.rstrip(" ")
     return header, start[len(header) :]
 
-def chat_text(tokenizer, prompt):
-    """The instruction inside its template, as text, up to the first real word of the reply."""
+def chat_texts(tokenizer, prompts):
+    """Each instruction inside its template, as text, up to the first real word of the reply."""
+    # the header is the same for all: look for it once
     header, _ = reply_header(tokenizer)
-    return render(tokenizer, prompt) + header
+    return [render(tokenizer, prompt) + header for prompt in prompts]
 
 def first_reply_token(tokenizer, words):
     """The id of the first token of these words, where they begin a reply."""
-    prompt = chat_text(tokenizer, "Hi")
-    _, blank = reply_header(tokenizer)
+    header, blank = reply_header(tokenizer)
+    prompt = render(tokenizer, "Hi") + header
     prompt_ids = encode(tokenizer, prompt)
     n = len(prompt_ids)
     ids = encode(tokenizer, prompt + blank + words)
@@ -1523,7 +1525,7 @@ def show_choice(chosen):
     measured = chosen.scores["bypass"].isfinite().sum().item()
     with_kl = chosen.scores["kl"].isfinite().sum().item()
     if chosen.relaxed:
-        say("no candidate passes all filters: the one on induce is left out")
+        say("no candidate passes all filters: the filter on induce is left out")
     say(f"measured bypass of {measured} candidates, the most promising first, and KL of {with_kl}",
         f"winner: position {chosen.position}, layer {chosen.layer} (mean scores before -> after)",
         f"  bypass {chosen.base_bypass:+.2f} -> {chosen.bypass:+.2f}: harmful prompts, ablated",
